@@ -1,0 +1,57 @@
+"""The seams: what the flow needs of a prober, a store, a device reader and a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from autotune.values import (
+    Device,
+    Environment,
+    FitRequest,
+    Preserves,
+    ProbeReport,
+    ProbeRequest,
+    TrainingConfig,
+    TrialRecord,
+)
+
+
+class Strategy(Protocol):
+    """One memory-saving move."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def preserves(self) -> Preserves: ...
+
+    def apply(self, config: TrainingConfig, request: FitRequest, device: Device) -> TrainingConfig | None:
+        """The next config down, or None where the move does not apply or has no consent."""
+        ...
+
+
+class ProbeExecutor(Protocol):
+    """Runs probes. Raises `Interrupted` when the user stops it; never raises for a probe that dies."""
+
+    def probe(self, request: ProbeRequest, *, fresh: bool = False) -> ProbeReport: ...
+
+    def environment(self) -> Environment: ...
+
+    def close(self) -> None: ...
+
+
+class TrialStore(Protocol):
+    """Keeps trials. Append only; raises `StoreError`."""
+
+    def append(self, trial: TrialRecord) -> TrialRecord:
+        """Committed when this returns; gives the trial back with its row id."""
+        ...
+
+    def trials(self, *, model_fingerprint: str | None = None, request_id: str | None = None) -> list[TrialRecord]: ...
+
+
+class DeviceReader(Protocol):
+    """Says what devices this machine has, best memory first within a kind."""
+
+    def devices(self) -> Iterable[Device]: ...
