@@ -330,11 +330,10 @@ class ProbeRequest:
     device: str  # torch's name: "cpu", "cuda:0"
     memory_limit_bytes: int | None  # CPU: of tensors and buffers; CUDA: of the whole card
     headroom_bytes: int = 0
-    micro_batches: int = 2  # to an optimizer step
-    optimizer_steps: int = 1
-    warmup_steps: int = 0  # optimizer steps run first and left out of the times
-    evaluate: bool = False
-    checkpoint: bool = False
+    proof: bool = False  # real optimizer steps, nothing primed, then an evaluation and a checkpoint
+    optimizer_steps: int = 1  # a proof takes at least 3: Adam's state appears after the first
+    micro_batches: int = 2  # timed to an optimizer step; memory does not depend on more
+    device_used_before_bytes: int | None = None  # on the card before the worker started: other tenants
     seed: int = 0
     limits: ProbeLimits = field(default_factory=ProbeLimits)
 

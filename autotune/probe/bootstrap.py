@@ -1,0 +1,43 @@
+"""Start a worker under any interpreter: `python -P bootstrap.py CHANNEL_FD PARENT_PID`.
+
+Imports `autotune` from where this file lies and nothing else from there, so the interpreter's own libraries are the
+ones measured. First of all the worker ties its life to its parent's.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SIGKILL = 9
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel end this process when its parent ends (Linux); leave at once where it already has."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def load_autotune() -> None:
+    package = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location(
+        "autotune", package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["autotune"] = module
+    spec.loader.exec_module(module)
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[2]))
+    load_autotune()
+    from autotune.probe.worker import main
+
+    main(int(sys.argv[1]))

@@ -1,0 +1,241 @@
+"""One probe in the worker: build, warm up, time, and report what was seen, however it ends."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from autotune.probe.channel import Channel
+from autotune.probe.memory import DataPeak, lift_data_limit, status_bytes
+from autotune.values import Failure, ProbeReport, ProbeRequest, to_json
+from autotune.workload.build import BaseModel, build_base
+from autotune.workload.step import TrainingStep
+from autotune.workload.tracking import LiveBytes, model_tensors
+
+_TRACEBACK_CHARS = 6000
+_MESSAGE_CHARS = 4000
+
+
+def base_key(request: ProbeRequest) -> str:
+    """What a kept base model depends on; on CUDA a kept base has its dtypes prepared already."""
+    config = request.config
+    parts = [request.model.fingerprint, config.quantization, config.double_quant, config.compute_dtype]
+    if request.device != "cpu":
+        parts += [config.upcast, config.loss]
+    return "|".join(str(part) for part in parts)
+
+
+def build(request: ProbeRequest, channel: Channel) -> BaseModel:
+    channel.send({"event": "phase", "name": "build"})
+    return build_base(request.model, request.config, torch.device(request.device), seed=request.seed)
+
+
+def report_of_failure(error: BaseException, phase: str) -> dict[str, Any]:
+    """The JSON of a report that holds nothing but how it died."""
+    data: dict[str, Any] = to_json(ProbeReport(failure=describe(error, phase)))
+    return data
+
+
+def describe(error: BaseException, phase: str) -> Failure:
+    """An exception as facts: its class, its message, and the causes behind it, outermost first."""
+    chain = []
+    cause = error.__cause__ or error.__context__
+    while cause is not None and len(chain) < 10:
+        chain.append(f"{_class_name(cause)}: {str(cause)[:500]}")
+        cause = cause.__cause__ or cause.__context__
+    return Failure(
+        phase=phase,
+        exception=_class_name(error),
+        chain=tuple(chain),
+        message=str(error)[:_MESSAGE_CHARS],
+        traceback="".join(traceback.format_exception(error))[-_TRACEBACK_CHARS:],
+    )
+
+
+def _class_name(error: BaseException) -> str:
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class ProbeRun:
+    """Collects facts while it goes, so that a death keeps those seen before it."""
+
+    def __init__(self, request: ProbeRequest, channel: Channel, *, data_before: int) -> None:
+        self.request = request
+        self.channel = channel
+        self.device = torch.device(request.device)
+        self.facts: dict[str, Any] = {"phases_s": {}}
+        self.phase = "start"
+        self._phase_began = time.perf_counter()
+        self._data_before = data_before
+        self._tracker = LiveBytes() if self.device.type == "cpu" else None
+        self._step: TrainingStep | None = None
+
+    def report(self, base: BaseModel | None) -> bool:
+        """Run and send the report; True where nothing was raised. The worker's outermost frame: any error is a fact."""
+        failure = None
+        sampler = DataPeak() if self.device.type == "cpu" else None
+        if sampler:
+            sampler.start()
+        try:
+            with tempfile.TemporaryDirectory(prefix="autotune-probe-") as folder:
+                self._run(base, folder)
+        except BaseException as error:
+            lift_data_limit()
+            failure = describe(error, self.phase)
+            error.__traceback__ = None  # it holds the frames, and they hold the tensors
+        self._enter("report")
+        self._memory_facts(sampler)
+        self._step = None
+        report = ProbeReport(failure=failure, **self.facts)
+        self.channel.send({"event": "report", "report": to_json(report)})
+        return failure is None
+
+    def _run(self, base: BaseModel | None, folder: str) -> None:
+        if self.device.type == "cuda":
+            self._enter("context")
+            self._limit_cuda()
+        if base is None:
+            self._enter("build")
+            base = build_base(self.request.model, self.request.config, self.device, seed=self.request.seed)
+        self._enter("prepare")
+        step = TrainingStep(base, self.request.config, folder=folder, seed=self.request.seed)
+        self._step = step
+        self.facts["unquantized_bytes"] = base.unquantized_bytes
+        self.facts["parameters"] = base.parameters
+        self.facts["trainable_parameters"] = sum(parameter.numel() for parameter in step.trainable)
+        if self._tracker:
+            self._tracker.see(model_tensors(step.model))
+        self.facts["after_load_bytes"] = self._live_bytes()
+        if self.request.proof:
+            self._prove(step, folder)
+        else:
+            self._probe(step)
+        self.facts["optimizer_state_bytes"] = step.optimizer_state_bytes
+        self.facts["skipped_steps"] = step.skipped_steps
+        if self.device.type != "cpu":
+            self._memory_facts(None)
+            step.close()
+
+    def _probe(self, step: TrainingStep) -> None:
+        """Optimizer state made first, one warm-up micro batch, then the timed ones and an optimizer step."""
+        self._enter("optimizer")
+        step.prime_optimizer()
+        if self._tracker:
+            self._tracker.see(model_tensors(step.model))
+            self._tracker.see(step.optimizer_tensors())
+        batches = step.batches(1 + self.request.micro_batches)
+        items = step.items_in(batches)
+        self._micro(step, batches[0], items, timed=False)
+        for _ in range(self.request.optimizer_steps):
+            for batch in batches[1:]:
+                if self.request.config.gradient_accumulation_steps == 1:
+                    step.model.zero_grad()
+                self._micro(step, batch, items, timed=True)
+            self._optimizer(step, timed=True)
+
+    def _prove(self, step: TrainingStep, folder: str) -> None:
+        """Steps as a trainer takes them. The first is warm-up; on the CPU the second is watched, not timed."""
+        per_step = min(step.config.gradient_accumulation_steps, self.request.micro_batches)
+        for number in range(self.request.optimizer_steps):
+            batches = step.batches(per_step)
+            items = step.items_in(batches)
+            watched = self._tracker is not None and number == 1
+            if watched and self._tracker:
+                self._tracker.see(model_tensors(step.model))
+                self._tracker.see(step.optimizer_tensors())
+            timed = number > (1 if self._tracker else 0)
+            for batch in batches:
+                self._micro(step, batch, items, timed=timed, watched=watched)
+            self._optimizer(step, timed=timed)
+        self._enter("evaluate")
+        began = time.perf_counter()
+        with self._tracker or nullcontext():
+            step.evaluate()
+        self._synchronise()
+        self.facts["eval_time_s"] = time.perf_counter() - began
+        self._enter("checkpoint")
+        step.save(folder)
+
+    def _micro(self, step: TrainingStep, batch: Any, items: Any, *, timed: bool, watched: bool | None = None) -> None:
+        watched = not timed if watched is None else watched
+        with self._watching() if watched else nullcontext():
+            began = time.perf_counter()
+            loss = step.micro_batch(batch, items, phase=self._enter)
+            self._synchronise()
+            taken = time.perf_counter() - began
+        if timed:
+            self._append("micro_batch_times_s", taken)
+        self._append("losses", float(loss))
+        self.facts["loss"] = float(loss) if math.isfinite(float(loss)) else None
+
+    def _optimizer(self, step: TrainingStep, *, timed: bool) -> None:
+        self._enter("optimizer")
+        began = time.perf_counter()
+        step.optimizer_step()
+        self._synchronise()
+        if timed:
+            self._append("optimizer_times_s", time.perf_counter() - began)
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        with self._tracker or nullcontext():
+            yield
+
+    def _append(self, name: str, value: float) -> None:
+        self.facts[name] = (*self.facts.get(name, ()), value)
+
+    def _enter(self, phase: str) -> None:
+        """Note the time of the phase that ends, and tell the parent of the one that begins."""
+        now = time.perf_counter()
+        times = self.facts["phases_s"]
+        times[self.phase] = times.get(self.phase, 0.0) + now - self._phase_began
+        self.phase, self._phase_began = phase, now
+        self.channel.send({"event": "phase", "name": phase})
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _live_bytes(self) -> int:
+        return self._tracker.live_bytes if self._tracker else torch.cuda.memory_allocated(self.device)
+
+    def _memory_facts(self, sampler: DataPeak | None) -> None:
+        """Peaks so far. Called at the end, and on death."""
+        if self._tracker:
+            if self._tracker.peak_bytes:
+                self.facts["peak_allocated_bytes"] = self._tracker.peak_bytes
+            if sampler:
+                self.facts["peak_reserved_bytes"] = max(0, sampler.finish() - self._data_before)
+            self.facts["device_used_bytes"] = status_bytes("VmHWM")
+            if self.request.memory_limit_bytes is not None:
+                self.facts["limit_bytes"] = self.request.memory_limit_bytes - self.request.headroom_bytes
+        elif "peak_allocated_bytes" not in self.facts and torch.cuda.is_initialized():
+            self.facts["peak_allocated_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            self.facts["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.facts["device_free_bytes"] = free
+            self.facts["device_used_bytes"] = total - free
+
+    def _limit_cuda(self) -> None:
+        """The allocator may hold the limit less headroom, less this process's context; others' memory is not ours."""
+        torch.cuda.set_device(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        torch.zeros(1, device=self.device)  # the context exists from here on
+        torch.cuda.synchronize(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        held = torch.cuda.memory_reserved(self.device)
+        before = self.request.device_used_before_bytes
+        context = max(0, total - free - held - before) if before is not None else 0
+        card = self.request.memory_limit_bytes
+        room = card - context if card is not None else free + held
+        limit = max(0, room - self.request.headroom_bytes)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), self.device)
+        self.facts["limit_bytes"] = limit
