@@ -1,0 +1,1 @@
+"""The commands: parse, build one request, call, print."""

@@ -1,0 +1,333 @@
+"""The flow: a request in, a proven recommendation out. Everything it needs is given to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from autotune.errors import Interrupted, ProbeFailed
+from autotune.protocols import ProbeExecutor, TrialStore
+from autotune.search.climb import Observation, Proposal
+from autotune.search.space import build_space
+from autotune.search.study import Search
+from autotune.values import (
+    Device,
+    Environment,
+    FitRequest,
+    FitStatus,
+    Isolation,
+    Judgement,
+    Move,
+    Origin,
+    ProbeReport,
+    ProbeRequest,
+    Recommendation,
+    TrainingConfig,
+    TrialRecord,
+    Verdict,
+    to_json,
+)
+from strategies import MemoryMove
+
+PROOF_STEPS = 4  # optimizer steps: one to warm up, Adam's state in every later one, three or more in all
+MAX_PROOFS = 4  # configs taken to a fresh worker before a fit gives up
+_OUT_OF_MEMORY = (Verdict.DEVICE_OOM, Verdict.SPILL)
+_RETRIED = (Verdict.AMBIGUOUS, Verdict.TIMEOUT, Verdict.DEVICE_LOST)
+
+
+class Observer(Protocol):
+    """Hears how a fit goes."""
+
+    def trial_starts(self, config: TrainingConfig, reason: str, *, proof: bool) -> None: ...
+
+    def trial_ends(self, trial: TrialRecord) -> None: ...
+
+
+class Judge(Protocol):
+    """Says what a report means. `settle` starts before a probe and is called with what it gave."""
+
+    def begin(self) -> None: ...
+
+    def judge(self, report: ProbeReport, request: ProbeRequest) -> Judgement: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seams:
+    """What a fit is given instead of taking it."""
+
+    executor: ProbeExecutor
+    store: TrialStore
+    judge: Judge
+    observer: Observer
+    now_utc: Callable[[], str]
+    monotonic: Callable[[], float]
+
+
+def request_id(request: FitRequest, headroom_bytes: int) -> str:
+    """Sixteen hex digits of all that changes the answer: two requests with the same are answered alike."""
+    asked = {**to_json(request), "model": request.model.fingerprint, "headroom_bytes": headroom_bytes}
+    del asked["isolation"]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fit(
+    request: FitRequest,
+    device: Device,
+    seams: Seams,
+    *,
+    ladder: Sequence[MemoryMove],
+    installed: Collection[str] = (),
+    headroom_bytes: int = 0,
+    fresh: bool = False,
+    max_probes: int = 24,
+) -> Recommendation:
+    """The fastest config that fits, proven in a fresh worker; from the store where it is known already.
+
+    `fresh` measures again, whatever the store holds. Raises `ProbeFailed` for a probe that dies of anything but
+    memory, `Interrupted` when stopped (every finished trial is stored), `StoreError`.
+    """
+    run = _Fit(request, device, seams, ladder, headroom_bytes)
+    if not fresh:
+        known = run.known_answer()
+        if known is not None:
+            return known
+    return run.search(installed, max_probes, recorded={} if fresh else run.recorded())
+
+
+class _Fit:
+    """One fit's state: its trials so far."""
+
+    def __init__(
+        self, request: FitRequest, device: Device, seams: Seams, ladder: Sequence[MemoryMove], headroom_bytes: int
+    ) -> None:
+        self.request, self.device, self.seams, self.ladder = request, device, seams, ladder
+        self.headroom_bytes = headroom_bytes
+        self.id = request_id(request, headroom_bytes)
+        self.environment: Environment = seams.executor.environment()
+        self.began = seams.monotonic()
+        self.stored = seams.store.trials(request_id=self.id)
+        self.trials: list[TrialRecord] = []
+        self.probes = 0
+
+    def known_answer(self) -> Recommendation | None:
+        """From the store: at once where environment and free memory still allow it, else after one proving probe."""
+        proofs = [t for t in self.stored if t.origin is Origin.PROOF and t.judgement.verdict is Verdict.FITS]
+        if not proofs:
+            return None
+        last = proofs[-1]
+        same = last.environment.fingerprint == self.environment.fingerprint
+        if same and has_room(self.device, last, self.headroom_bytes):
+            self.trials = [t for t in self.stored if t.environment.fingerprint == self.environment.fingerprint]
+            return self.recommend(last, from_database=True, notes=(f"measured {last.time_utc}, known since",))
+        if same:
+            return None  # the card is fuller than then: search what fits now
+        proof = self.measure(last.config, "known, but the software has changed: proven again", proof=True)
+        if proof.judgement.verdict is Verdict.FITS:
+            return self.recommend(proof, notes=("known config, proven again under other software versions",))
+        return None
+
+    def recorded(self) -> dict[TrainingConfig, Observation]:
+        """What an earlier, perhaps interrupted fit of this request measured in this environment."""
+        usable = [
+            trial
+            for trial in self.stored
+            if trial.environment.fingerprint == self.environment.fingerprint
+            and trial.origin is Origin.PROBE
+            and trial.judgement.verdict in (Verdict.FITS, *_OUT_OF_MEMORY)
+        ]
+        self.trials = list(usable)
+        return {trial.config: observe(trial) for trial in usable}
+
+    def search(
+        self, installed: Collection[str], max_probes: int, recorded: Mapping[TrainingConfig, Observation]
+    ) -> Recommendation:
+        space = build_space(self.request, self.device, installed=installed)
+        search = Search(space, self.ladder, self.request, self.device, recorded, max_probes=max_probes)
+        while (proposal := search.ask()) is not None:
+            trial = self.measure(proposal.config, proposal.reason, proposal=proposal)
+            search.tell(proposal, observe(trial))
+        outcome = search.outcome()
+        notes = [outcome.stopped]
+        if outcome.ties:
+            notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
+        for candidate in outcome.ranked[:MAX_PROOFS]:
+            proof = self.proof_of(candidate.config)
+            if proof.judgement.verdict is Verdict.FITS:
+                return self.recommend(proof, notes=tuple(notes))
+            notes.append(f"the fastest probe did not stand its proof ({proof.judgement.verdict}): the next was proven")
+        return self.recommend(None, notes=tuple(notes))
+
+    def proof_of(self, config: TrainingConfig) -> TrialRecord:
+        """The proof on record that failed or held in this environment, or a new one."""
+        for trial in self.trials:
+            if trial.origin is Origin.PROOF and trial.config == config:
+                return trial
+        return self.measure(config, "the fastest that fits: proven in a fresh worker", proof=True)
+
+    def measure(
+        self, config: TrainingConfig, reason: str, *, proof: bool = False, proposal: Proposal | None = None
+    ) -> TrialRecord:
+        """Probe, judge, store, tell; what is not about memory and stays so after one retry ends the fit."""
+        self.seams.observer.trial_starts(config, reason, proof=proof)
+        trial = self._trial(config, proof=proof, fresh=proof, moves=proposal.moves if proposal else ())
+        if trial.judgement.verdict in _RETRIED:
+            self.seams.observer.trial_starts(config, f"{trial.judgement.verdict}: once more, in a fresh worker", proof=proof)
+            trial = self._trial(config, proof=proof, fresh=True, moves=trial.moves)
+        if trial.judgement.verdict is Verdict.INTERRUPTED:
+            raise Interrupted("a probe was interrupted; everything measured is kept")
+        if trial.judgement.verdict not in (Verdict.FITS, *_OUT_OF_MEMORY):
+            raise ProbeFailed(
+                failure_line(trial),
+                worker_exit_code=trial.report.exit_code,
+                stderr_tail=trial.report.log_tail,
+            )
+        return trial
+
+    def _trial(self, config: TrainingConfig, *, proof: bool, fresh: bool, moves: tuple[str, ...]) -> TrialRecord:
+        request = self.probe_request(config, proof=proof)
+        self.seams.judge.begin()
+        report = self.seams.executor.probe(request, fresh=fresh or self.request.isolation is Isolation.FRESH)
+        self.probes += 1
+        trial = TrialRecord(
+            request_id=self.id,
+            model_name=self.request.model.name,
+            model_fingerprint=self.request.model.fingerprint,
+            device_slug=self.device.slug,
+            config=config,
+            memory_limit_bytes=self.request.memory_limit_bytes,
+            report=report,
+            judgement=self.seams.judge.judge(report, request),
+            environment=self.environment,
+            origin=Origin.PROOF if proof else Origin.PROBE,
+            time_utc=self.seams.now_utc(),
+            moves=moves,
+        )
+        trial = self.seams.store.append(trial)  # committed before it is shown
+        self.trials.append(trial)
+        self.seams.observer.trial_ends(trial)
+        return trial
+
+    def probe_request(self, config: TrainingConfig, *, proof: bool) -> ProbeRequest:
+        return ProbeRequest(
+            model=self.request.model,
+            config=config,
+            device=self.device.id,
+            memory_limit_bytes=self.request.memory_limit_bytes,
+            headroom_bytes=self.headroom_bytes,
+            proof=proof,
+            optimizer_steps=PROOF_STEPS if proof else 1,
+        )
+
+    def recommend(
+        self, proof: TrialRecord | None, *, notes: tuple[str, ...] = (), from_database: bool = False
+    ) -> Recommendation:
+        return Recommendation(
+            status=FitStatus.FITTED if proof else FitStatus.NOTHING_FITS,
+            device=self.device,
+            rehearsal=self.device.kind == "cpu",
+            request=self.request,
+            proof=proof,
+            trials=tuple(self.trials),
+            moves=moves_taken(self.request.start, proof.config, self.trials, self.ladder) if proof else (),
+            notes=notes,
+            from_database=from_database,
+            probes=self.probes,
+            out_of_memory=sum(t.judgement.verdict in _OUT_OF_MEMORY for t in self.trials),
+            wall_time_s=self.seams.monotonic() - self.began,
+        )
+
+
+def observe(trial: TrialRecord) -> Observation:
+    """A trial as the search sees it."""
+    fits = trial.judgement.verdict is Verdict.FITS
+    return Observation(
+        config=trial.config,
+        fits=fits,
+        out_of_memory=trial.judgement.verdict in _OUT_OF_MEMORY,
+        tokens_per_second=trial.tokens_per_second,
+        spread=spread_of(trial.report.micro_batch_times_s),
+        peak_bytes=trial.report.peak_allocated_bytes if fits else None,
+    )
+
+
+def spread_of(times_s: Sequence[float]) -> float | None:
+    """Half of (largest − smallest) ÷ median: the uncertainty of a time, as a fraction. None for fewer than two."""
+    if len(times_s) < 2:
+        return None
+    return (max(times_s) - min(times_s)) / (2 * statistics.median(times_s))
+
+
+def has_room(device: Device, proof: TrialRecord, headroom_bytes: int) -> bool:
+    """Whether the card has as much free now as the proven peak takes, others' memory at the time left out."""
+    used = proof.report.device_used_bytes if device.kind != "cpu" else proof.report.peak_reserved_bytes
+    if device.free_bytes is None or used is None:
+        return True
+    others = sum(tenant.used_bytes or 0 for tenant in proof.report.tenants)
+    return device.free_bytes >= used - others + headroom_bytes
+
+
+def failure_line(trial: TrialRecord) -> str:
+    """One line: what died, where, and what to do."""
+    failure = trial.report.failure
+    where = f" in phase {failure.phase}" if failure else ""
+    said = (failure.message if failure else "").strip().splitlines()
+    name = f"{failure.exception.rsplit('.', 1)[-1]}: " if failure and failure.exception else ""
+    last = said[0] if said else (trial.report.log_tail.strip().splitlines() or ["no last words"])[-1]
+    settle = f"; what would settle it: {trial.judgement.settle}" if trial.judgement.settle else ""
+    return f"{trial.judgement.verdict}{where}: {name}{last[:400]}. {trial.judgement.action}{settle}"
+
+
+def moves_taken(
+    start: TrainingConfig, end: TrainingConfig, trials: Sequence[TrialRecord], ladder: Sequence[MemoryMove]
+) -> tuple[Move, ...]:
+    """The moves that lead from `start` to `end`, each with its measured saving and cost where a pair shows it.
+
+    A pair is two trials alike in everything but the fields that the move changed.
+    """
+    moves = []
+    for move in ladder:
+        change = _change_by(move, start, end)
+        if change:
+            saved, ratio = _effect(change, trials)
+            shown = {name: (to_json(old), to_json(new)) for name, (old, new) in change.items()}
+            moves.append(
+                Move(name=move.name, preserves=move.preserves, changed=shown, saved_bytes=saved, speed_ratio=ratio)
+            )
+    return tuple(moves)
+
+
+def _change_by(move: MemoryMove, start: TrainingConfig, end: TrainingConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields between the two that this move explains by itself: {name: (from, to)}."""
+    pairs = {item.name: (getattr(start, item.name), getattr(end, item.name)) for item in dataclasses.fields(start)}
+    change = {
+        name: (old, new)
+        for name, (old, new) in pairs.items()
+        if old != new and move.explains(start, replace(start, **{name: new}))
+    }
+    if "micro_batch_size" in change:
+        change["gradient_accumulation_steps"] = pairs["gradient_accumulation_steps"]
+    return change
+
+
+def _effect(
+    change: Mapping[str, tuple[Any, Any]], trials: Sequence[TrialRecord]
+) -> tuple[int | None, float | None]:
+    """(bytes saved, speed after ÷ before) of a change, from the last pair of trials that differ only in it."""
+    by_config = {t.config: t for t in trials if t.origin is Origin.PROBE and t.judgement.verdict is Verdict.FITS}
+    saved = ratio = None
+    for config, after in by_config.items():
+        if any(getattr(config, name) != new for name, (_, new) in change.items()):
+            continue
+        before = by_config.get(replace(config, **{name: old for name, (old, _) in change.items()}))
+        if before is None:
+            continue
+        if before.report.peak_allocated_bytes and after.report.peak_allocated_bytes:
+            saved = before.report.peak_allocated_bytes - after.report.peak_allocated_bytes
+        if before.tokens_per_second and after.tokens_per_second:
+            ratio = after.tokens_per_second / before.tokens_per_second
+    return saved, ratio
