@@ -1,0 +1,45 @@
+# One command sets everything up in .venv and does the job; the second time set-up is skipped.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GPU ?= auto
+RESULTS := benchmarks/results
+
+# Without this, torch's and bitsandbytes' thread pools can spin against each other on a loaded machine (docs/log.md).
+export GOMP_SPINCOUNT ?= 3000
+
+.PHONY: fit test check lint gpu-fit probe-cost clean
+
+fit: $(VENV)/.installed
+	$(BIN)/autotune fit --gpu $(GPU)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+check: lint test
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Llama-3-8B's shape at four memory limits, on a real GPU; raw JSON under benchmarks/results/.
+gpu-fit: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_fit --output $(RESULTS)
+
+probe-cost: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.probe_cost --output $(RESULTS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

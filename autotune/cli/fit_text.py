@@ -1,0 +1,132 @@
+"""A fit's result for a terminal: the trials, the config, its headroom, what lies beyond, the hours it would take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from autotune.cli.words import WORDS, mib, settings
+from autotune.dataset import DatasetFacts, training_hours
+from autotune.recommendation import headroom_bytes, outlook, peak_bytes
+from autotune.values import Move, Recommendation, TrainingConfig, TrialRecord
+
+_SHOWN = (
+    "sequence_length",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "attention",
+    "loss",
+    "upcast",
+    "optimizer",
+    "quantization",
+    "double_quant",
+    "compute_dtype",
+    "lora_rank",
+    "lora_alpha",
+    "target_modules",
+    "adapter_dtype",
+    "allocator",
+    "trainer",
+)
+
+
+def time_of_training(result: Recommendation, dataset: DatasetFacts | None, epochs: float) -> dict[str, Any] | None:
+    """What `--dataset` with `--epochs` would take with the proven config, every sample padded to full length."""
+    if dataset is None or result.proof is None:
+        return None
+    config = result.proof.config
+    step_time_s = result.proof.report.step_time_s(config.gradient_accumulation_steps)
+    if step_time_s is None:
+        return None
+    steps, hours = training_hours(dataset.samples, epochs, config.effective_batch_size, step_time_s)
+    return {"samples": dataset.samples, "epochs": epochs, "optimizer_steps": steps, "hours": hours}
+
+
+def print_fit(result: Recommendation, training: dict[str, Any] | None) -> None:
+    """To stdout."""
+    console = Console(highlight=False)
+    if result.from_database:
+        console.print("Known: answered from the database, nothing was run. --fresh measures again.", markup=False)
+    if result.trials:
+        console.print(_trials(result))
+    if result.proof is None:
+        return
+    console.print(_config(result.proof.config, result.moves))
+    for line in _lines(result, result.proof, training):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _trials(result: Recommendation) -> Table:
+    table = Table(title="Trials", title_justify="left")
+    for name in ("", "tokens", "micro batch", "checkpointing", "settings", "verdict", "tokens/s", "peak"):
+        table.add_column(name, justify="right" if name in ("tokens", "tokens/s", "peak") else "left")
+    for trial in result.trials:
+        config, speed = trial.config, trial.tokens_per_second
+        proven = result.proof is not None and trial == result.proof
+        table.add_row(
+            "➜" if proven else trial.origin.value if trial.origin.value == "proof" else "",
+            str(config.sequence_length),
+            f"{config.micro_batch_size} × {config.gradient_accumulation_steps}",
+            config.gradient_checkpointing,
+            settings(config),
+            WORDS[trial.judgement.verdict] + (", proven" if proven else ""),
+            f"{speed:,.0f}" if speed else "",
+            mib(peak_bytes(trial.report)),
+        )
+    return table
+
+
+def _config(config: TrainingConfig, moves: tuple[Move, ...]) -> Table:
+    changed = {name: move for move in moves for name in move.changed}
+    table = Table(title="Config", title_justify="left", show_header=False)
+    for name in _SHOWN:
+        value = getattr(config, name)
+        text = ", ".join(value) if isinstance(value, tuple) else str(value)
+        table.add_row(name, text, _move(changed[name], name) if name in changed else "")
+    return table
+
+
+def _move(move: Move, name: str) -> str:
+    """The move that set a field: what it was, and what the move saved and cost where that was measured."""
+    parts = [f"{move.name} ({move.preserves}), was {move.changed[name][0]}"]
+    if move.saved_bytes is not None:
+        parts.append(f"saved {mib(move.saved_bytes)}")
+    if move.speed_ratio is not None:
+        parts.append(f"speed × {move.speed_ratio:.2f}")
+    return ", ".join(parts)
+
+
+def _lines(result: Recommendation, proof: TrialRecord, training: dict[str, Any] | None) -> list[str]:
+    start, config, report = result.request.start, proof.config, proof.report
+    speed = f"{proof.tokens_per_second:,.0f}" if proof.tokens_per_second else "?"
+    step = report.step_time_s(config.gradient_accumulation_steps)
+    lines = [
+        f"Proven in a fresh process on {result.device.name}{' (a rehearsal: no GPU)' if result.rehearsal else ''}:"
+        f" {speed} tokens/s, padding counted; {step:.2f} s an optimizer step.",
+        f"Memory: peak {mib(peak_bytes(report))} of {mib(report.limit_bytes)} allowed,"
+        f" {mib(headroom_bytes(result))} left; live tensors {mib(report.peak_allocated_bytes)}.",
+    ]
+    if config.sequence_length < start.sequence_length:
+        allowed = "--min-sequence-length allowed it" if result.request.min_sequence_length else "none was stated"
+        lines.append(
+            f"ATTENTION: the sequence was CUT from {start.sequence_length} to {config.sequence_length} tokens"
+            f" ({allowed}): longer samples would be truncated."
+        )
+    if report.unquantized_bytes:
+        lines.append(f"Not quantised: {mib(report.unquantized_bytes)} of expert weights stay 16-bit (3-D parameters).")
+    beyond = outlook(result, result.request.model.max_positions)
+    if beyond:
+        lines += [f"Next faster: {beyond.faster}.", f"Longer: {beyond.longer}."]
+    if training:
+        lines.append(
+            f"Training: {training['samples']:,} samples × {training['epochs']:g} epochs ="
+            f" {training['optimizer_steps']:,} optimizer steps, about {training['hours']:.2f} hours at full length."
+        )
+    lines += [f"Note: {note}." for note in result.notes]
+    lines.append(
+        f"Probes: {result.probes}, out of memory {result.out_of_memory}, {result.wall_time_s:.0f} s in all."
+    )
+    return lines
