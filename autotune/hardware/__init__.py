@@ -1,0 +1,1 @@
+"""What this machine's devices are (NVML, ROCm, CPU), and which of them is meant."""

@@ -1,0 +1,50 @@
+"""Memory sizes as people write them, to bytes and back."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from autotune.errors import InvalidRequest, UsageError
+
+#: GiB and the bare letter are binary, GB is decimal, as in `accelerate.utils.convert_file_size_to_int`.
+_UNITS = {
+    "b": 1,
+    **{letter: 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)},
+    **{f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)},
+    **{f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", start=1)},
+}
+_WITH_UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE | re.ASCII)
+_BYTES = re.compile(r"\d+", re.ASCII)
+
+
+class InvalidSize(InvalidRequest, UsageError):
+    """A size that cannot be read; on the command line it exits as any wrong option value does (2)."""
+
+
+def parse_bytes(text: str) -> int:
+    """Whole bytes of "12GiB", "12G" (binary), "12 GB" (decimal), "1.5GiB", "1500MiB" or plain integer bytes.
+
+    Raises InvalidSize for anything else, and for less than one byte.
+    """
+    stripped = text.strip()
+    size: Fraction | None = None
+    if _BYTES.fullmatch(stripped):
+        size = Fraction(stripped)
+    elif (match := _WITH_UNIT.fullmatch(stripped)) and match[2].lower() in _UNITS:
+        size = Fraction(match[1]) * _UNITS[match[2].lower()]
+    if size is None or size < 1:
+        raise InvalidSize(
+            f'"{text}" is not a memory size: write it like 12GiB, 1500MiB, 1.5GiB, 12G (binary), '
+            "12GB (decimal) or as whole bytes, above 0"
+        )
+    return int(size)
+
+
+def format_bytes(size: int | None) -> str:
+    """ "11.8 GiB", or "unknown"."""
+    if size is None:
+        return "unknown"
+    import humanize
+
+    return humanize.naturalsize(size, binary=True, format="%.1f")
