@@ -176,7 +176,9 @@ class _Fit:
         self.seams.observer.trial_starts(config, reason, proof=proof)
         trial = self._trial(config, proof=proof, fresh=proof, moves=proposal.moves if proposal else ())
         if trial.judgement.verdict in _RETRIED:
-            self.seams.observer.trial_starts(config, f"{trial.judgement.verdict}: once more, in a fresh worker", proof=proof)
+            self.seams.observer.trial_starts(
+                config, f"{trial.judgement.verdict}: once more, in a fresh worker", proof=proof
+            )
             trial = self._trial(config, proof=proof, fresh=True, moves=trial.moves)
         if trial.judgement.verdict is Verdict.INTERRUPTED:
             raise Interrupted("a probe was interrupted; everything measured is kept")
@@ -314,9 +316,7 @@ def _change_by(move: MemoryMove, start: TrainingConfig, end: TrainingConfig) -> 
     return change
 
 
-def _effect(
-    change: Mapping[str, tuple[Any, Any]], trials: Sequence[TrialRecord]
-) -> tuple[int | None, float | None]:
+def _effect(change: Mapping[str, tuple[Any, Any]], trials: Sequence[TrialRecord]) -> tuple[int | None, float | None]:
     """(bytes saved, speed after ÷ before) of a change, from the last pair of trials that differ only in it."""
     by_config = {t.config: t for t in trials if t.origin is Origin.PROBE and t.judgement.verdict is Verdict.FITS}
     saved = ratio = None

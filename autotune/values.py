@@ -6,8 +6,10 @@ FitRequest → TrainingConfig → Prediction → ProbeReport → Judgement → T
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import re
 import types
 import typing
@@ -358,8 +360,8 @@ class ProbeReport:
     micro_batch_times_s: tuple[float, ...] = ()  # forward and backward, warm-up left out
     optimizer_times_s: tuple[float, ...] = ()  # clip, step and zero_grad, warm-up left out
     eval_time_s: float | None = None
-    loss: float | None = None  # last training loss
-    losses: tuple[float, ...] = ()
+    loss: float | None = None  # last training loss; None after timed steps: it was not finite
+    losses: tuple[float, ...] = ()  # the finite ones, warm-up included
     optimizer_state_bytes: int | None = None
     skipped_steps: int = 0  # optimizer steps that a gradient scaler skipped
     after_load_bytes: int | None = None  # live tensors after the model, adapters and optimizer are built
@@ -469,7 +471,7 @@ class Recommendation:
 
 
 def to_json(value: Any) -> Any:
-    """A value of this module as plain JSON data: enums as text, tuples as lists, unknown as null."""
+    """A value of this module as plain JSON data: enums as text, tuples as lists, unknown and not finite as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, StrEnum):
@@ -478,6 +480,8 @@ def to_json(value: Any) -> Any:
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
 
@@ -487,6 +491,13 @@ def from_json(kind: type[T], data: Any) -> T:
     Raises ValueError or TypeError for data that is not of this kind.
     """
     return typing.cast(T, _read(kind, data))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Field name → its type, of a dataclass."""
+    hints = typing.get_type_hints(kind)
+    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
 
 
 def _read(kind: Any, data: Any) -> Any:
@@ -504,9 +515,8 @@ def _read(kind: Any, data: Any) -> Any:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(data, dict):
             raise ValueError(f"expected an object for {kind.__name__}, found {type(data).__name__}")
-        hints = typing.get_type_hints(kind)
-        known = {item.name for item in dataclasses.fields(kind)}
-        return kind(**{key: _read(hints[key], item) for key, item in data.items() if key in known})
+        hints = _hints(kind)
+        return kind(**{key: _read(hints[key], item) for key, item in data.items() if key in hints})
     if isinstance(kind, type) and issubclass(kind, StrEnum):
         return kind(data)
     if kind is float and isinstance(data, int) and not isinstance(data, bool):

@@ -167,7 +167,8 @@ def test_step_peaks_as_transformers_trainer_does(
     config = config_of(Trainer.TRANSFORMERS, micro, checkpointing)
     ours, primed = our_peak(config, tmp_path), primed_peak(config, tmp_path)
     base = prepare_model_for_kbit_training(
-        loaded(folder, config), use_gradient_checkpointing=checkpointing != "off",
+        loaded(folder, config),
+        use_gradient_checkpointing=checkpointing != "off",
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     trainer = HfTrainer(

@@ -13,19 +13,42 @@ POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
-@click.option("--gpu", default="auto", show_default=True, help='auto, cuda:N, cpu, a UUID or a name such as "RTX 4090".')
-@click.option("--model", help="A public id, a folder, or a config.json.  [default: Llama-3-8B; on the CPU SmolLM2-135M]")
-@click.option("--weights", type=click.Choice(["random", "real"]), default="random", show_default=True,
-              help="real: load them from the model's folder; memory and speed are the same.")
-@click.option("--sequence-length", type=POSITIVE, help="Tokens of a sample; kept when stated.  [default: 2048; on the CPU 256]")
-@click.option("--min-sequence-length", type=POSITIVE, help="Consent to shorten the sequence, down to here, if nothing fits.")
-@click.option("--effective-batch-size", type=POSITIVE, help="Samples of an optimizer step; always kept.  [default: 16; CPU 8]")
+@click.option(
+    "--gpu", default="auto", show_default=True, help='auto, cuda:N, cpu, a UUID or a name such as "RTX 4090".'
+)
+@click.option(
+    "--model", help="A public id, a folder, or a config.json.  [default: Llama-3-8B; on the CPU SmolLM2-135M]"
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["random", "real"]),
+    default="random",
+    show_default=True,
+    help="real: load them from the model's folder; memory and speed are the same.",
+)
+@click.option(
+    "--sequence-length", type=POSITIVE, help="Tokens of a sample; kept when stated.  [default: 2048; on the CPU 256]"
+)
+@click.option(
+    "--min-sequence-length", type=POSITIVE, help="Consent to shorten the sequence, down to here, if nothing fits."
+)
+@click.option(
+    "--effective-batch-size", type=POSITIVE, help="Samples of an optimizer step; always kept.  [default: 16; CPU 8]"
+)
 @click.option("--memory-limit", help="Of the whole card, e.g. 12GiB.  [default: all of it; on the CPU 1500MiB]")
 @click.option("--headroom", help="Kept free of the limit.  [default: 2 %, at least 256MiB; on the CPU 0]")
-@click.option("--trainer", type=click.Choice([t.value for t in Trainer]), default="transformers", show_default=True,
-              help="Whose training step is run: its loss and its handling of dtypes.")
-@click.option("--upcast", type=click.Choice([u.value for u in Upcast]),
-              help="What is not 4-bit becomes float32, or only norms do.  [default: the trainer's]")
+@click.option(
+    "--trainer",
+    type=click.Choice([t.value for t in Trainer]),
+    default="transformers",
+    show_default=True,
+    help="Whose training step is run: its loss and its handling of dtypes.",
+)
+@click.option(
+    "--upcast",
+    type=click.Choice([u.value for u in Upcast]),
+    help="What is not 4-bit becomes float32, or only norms do.  [default: the trainer's]",
+)
 @click.option("--optimizer", default="adamw_torch_fused", show_default=True, help="By transformers' name.")
 @click.option("--attention", type=click.Choice([a.value for a in Attention]), default="sdpa", show_default=True)
 @click.option("--lora-rank", type=POSITIVE, default=16, show_default=True)
@@ -36,9 +59,20 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--min-lora-rank", type=POSITIVE, help="Consent to a lower rank, down to here, if nothing fits.")
 @click.option("--allow-fewer-modules", is_flag=True, help="Consent to adapters on attention only, if nothing fits.")
 @click.option("--dataset", type=click.Path(path_type=Path), help="Count its samples, and say the hours training takes.")
-@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="For the hours of --dataset.")
-@click.option("--isolation", type=click.Choice([i.value for i in Isolation]), default="warm", show_default=True,
-              help="fresh: a new process for each probe. The winner is always proven in one.")
+@click.option(
+    "--epochs",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="For the hours of --dataset.",
+)
+@click.option(
+    "--isolation",
+    type=click.Choice([i.value for i in Isolation]),
+    default="warm",
+    show_default=True,
+    help="fresh: a new process for each probe. The winner is always proven in one.",
+)
 @click.option("--python", help="Interpreter of your trainer's environment.  [default: autotune's own]")
 @click.option("--max-probes", type=POSITIVE, default=24, show_default=True)
 @click.option("--fresh", is_flag=True, help="Measure again, whatever the database holds.")

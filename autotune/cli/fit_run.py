@@ -206,7 +206,9 @@ def optional_packages(python: str | None) -> frozenset[str]:
     from autotune.hardware.environment import is_own_python
 
     names = {"flash-attn": "flash_attn", "liger-kernel": "liger_kernel"}
-    versions = installed_versions(list(names)) if is_own_python(python) else ask("versions", *names, python=python)["versions"]
+    versions = (
+        installed_versions(list(names)) if is_own_python(python) else ask("versions", *names, python=python)["versions"]
+    )
     return frozenset(module for name, module in names.items() if versions[name] is not None)
 
 
@@ -255,7 +257,9 @@ def _report(result: Recommendation, dataset: DatasetFacts | None, options: dict[
         document = fit_file_document(result)
         document["autotune"] = importlib.metadata.version("autotune-qlora") if _packaged() else None
         write_fit(options["output"], document, force=options["force"])
-        say(f"Written to {options['output']}. Next: autotune export {options['output']} --to {result.request.start.trainer}")
+        say(
+            f"Written to {options['output']}. Next: autotune export {options['output']} --to {result.request.start.trainer}"
+        )
 
 
 def _packaged() -> bool:
@@ -289,5 +293,3 @@ def nothing_fits_line(result: Recommendation) -> str:
 def say(line: str) -> None:
     """A line for people: stderr."""
     click.echo(line, err=True)
-
-

@@ -126,7 +126,5 @@ def _lines(result: Recommendation, proof: TrialRecord, training: dict[str, Any] 
             f" {training['optimizer_steps']:,} optimizer steps, about {training['hours']:.2f} hours at full length."
         )
     lines += [f"Note: {note}." for note in result.notes]
-    lines.append(
-        f"Probes: {result.probes}, out of memory {result.out_of_memory}, {result.wall_time_s:.0f} s in all."
-    )
+    lines.append(f"Probes: {result.probes}, out of memory {result.out_of_memory}, {result.wall_time_s:.0f} s in all.")
     return lines

@@ -19,7 +19,7 @@ WORDS = {
 
 
 def describe(config: TrainingConfig) -> str:
-    """"256 tokens, micro batch 4 × 2, checkpointing off, …": what differs from trial to trial."""
+    """ "256 tokens, micro batch 4 × 2, checkpointing off, …": what differs from trial to trial."""
     parts = [
         f"{config.sequence_length} tokens",
         f"micro batch {config.micro_batch_size} × {config.gradient_accumulation_steps}",
@@ -46,7 +46,7 @@ def settings(config: TrainingConfig) -> str:
 
 
 def outcome(trial: TrialRecord) -> str:
-    """"fits, 1,234 tokens/s, peak 900 MiB (7.1 s)" or what it died of."""
+    """ "fits, 1,234 tokens/s, peak 900 MiB (7.1 s)" or what it died of."""
     report, verdict = trial.report, trial.judgement.verdict
     parts = [WORDS[verdict]]
     if trial.tokens_per_second:

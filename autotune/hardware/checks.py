@@ -22,6 +22,7 @@ from autotune.hardware.readers import Machine, read_machine
 from autotune.hardware.sizes import format_bytes
 from autotune.hardware.system import is_wsl
 from autotune.values import GIB, MIB, Device
+from gpu_db.store import default_home
 
 DISTRIBUTION = "autotune-qlora"
 OPTIONAL = {
@@ -84,18 +85,8 @@ def run_checks(
     known = driver
     here = machine(known) if machine else read_machine(python=python, nvml=lambda _: known)
     yield from _check_python(python, here, ask)
-    yield from check_disk(data_home(environment))
+    yield from check_disk(default_home(environment))
     yield from check_platform(here, environment, driver.count)
-
-
-def data_home(environ: Mapping[str, str] | None = None) -> Path:
-    """Where autotune keeps its files: $AUTOTUNE_HOME, or the platform's data folder of the user."""
-    stated = (os.environ if environ is None else environ).get("AUTOTUNE_HOME")
-    if stated:
-        return Path(stated).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("autotune"))
 
 
 def _within(limit_s: float, call: Callable[[], NvmlReading]) -> NvmlReading | None:

@@ -337,10 +337,8 @@ def _limit_of(phase: str, limits: ProbeLimits) -> float:
 
 
 def signal_name(number: int) -> str:
-    """"SIGKILL" for 9; the number itself where it has no name."""
+    """ "SIGKILL" for 9; the number itself where it has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:
         return str(number)
-
-

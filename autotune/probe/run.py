@@ -45,7 +45,7 @@ def report_of_failure(error: BaseException, phase: str) -> dict[str, Any]:
 
 def describe(error: BaseException, phase: str) -> Failure:
     """An exception as facts: its class, its message, and the causes behind it, outermost first."""
-    chain = []
+    chain: list[str] = []
     cause = error.__cause__ or error.__context__
     while cause is not None and len(chain) < 10:
         chain.append(f"{_class_name(cause)}: {str(cause)[:500]}")
@@ -173,8 +173,9 @@ class ProbeRun:
             taken = time.perf_counter() - began
         if timed:
             self._append("micro_batch_times_s", taken)
-        self._append("losses", float(loss))
         self.facts["loss"] = float(loss) if math.isfinite(float(loss)) else None
+        if self.facts["loss"] is not None:
+            self._append("losses", self.facts["loss"])
 
     def _optimizer(self, step: TrainingStep, *, timed: bool) -> None:
         self._enter("optimizer")

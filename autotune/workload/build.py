@@ -58,6 +58,10 @@ def build_base(source: ModelSource, config: TrainingConfig, device: torch.device
         model.is_loaded_in_4bit = quantised
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    for module in _linears(model):
+        # On the CPU an evaluation repacks the weights for inference, in place and for good, and fails for widths that
+        # are no multiple of 64 (bitsandbytes 0.50.2, Linear4bit.forward): a rehearsal keeps them as they train.
+        module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return BaseModel(
         model=model,

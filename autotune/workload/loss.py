@@ -78,7 +78,8 @@ def chunked_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, target in zip(hidden.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
         total = total + checkpoint(block, part, target, use_reentrant=False)
-    return total / items
+    loss: torch.Tensor = total / items
+    return loss
 
 
 def scale_logits(logits: torch.Tensor, config: Any) -> torch.Tensor:
