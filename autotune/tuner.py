@@ -34,7 +34,8 @@ from autotune.values import (
 )
 from strategies import MemoryMove
 
-PROOF_STEPS = 4  # optimizer steps: one to warm up, Adam's state in every later one, three or more in all
+PROOF_STEPS = 3  # optimizer steps: one to warm up; Adam's state is there in every later one
+DISAGREEMENT = 1.3  # proof's speed ÷ probe's, either way, that is worth a warning
 MAX_PROOFS = 4  # configs taken to a fresh worker before a fit gives up
 _OUT_OF_MEMORY = (Verdict.DEVICE_OOM, Verdict.SPILL)
 _RETRIED = (Verdict.AMBIGUOUS, Verdict.TIMEOUT, Verdict.DEVICE_LOST)
@@ -158,7 +159,7 @@ class _Fit:
         for candidate in outcome.ranked[:MAX_PROOFS]:
             proof = self.proof_of(candidate.config)
             if proof.judgement.verdict is Verdict.FITS:
-                return self.recommend(proof, notes=tuple(notes))
+                return self.recommend(proof, notes=(*notes, *slower_than_probed(proof, candidate)))
             notes.append(f"the fastest probe did not stand its proof ({proof.judgement.verdict}): the next was proven")
         return self.recommend(None, notes=tuple(notes))
 
@@ -255,6 +256,16 @@ def observe(trial: TrialRecord) -> Observation:
         spread=spread_of(trial.report.micro_batch_times_s),
         peak_bytes=trial.report.peak_allocated_bytes if fits else None,
     )
+
+
+def slower_than_probed(proof: TrialRecord, probed: Observation) -> tuple[str, ...]:
+    """A line where proof and probe disagree on speed: something else was running during one of them."""
+    if not proof.tokens_per_second or not probed.tokens_per_second:
+        return ()
+    ratio = proof.tokens_per_second / probed.tokens_per_second
+    if 1 / DISAGREEMENT <= ratio <= DISAGREEMENT:
+        return ()
+    return (f"the proof ran at {ratio:.2f} times the probe's speed: this device was not idle, so speeds are uncertain",)
 
 
 def spread_of(times_s: Sequence[float]) -> float | None:

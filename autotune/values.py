@@ -377,6 +377,7 @@ class ProbeReport:
     failure: Failure | None = None
     exit_code: int | None = None  # None: killed at a time limit, or still running (warm)
     signal: int | None = None
+    pid: int | None = None  # of the process that trained
     log_tail: str = ""  # end of what it printed
     isolation: Isolation = Isolation.FRESH
     wall_time_s: float = 0.0  # start to finish as the parent saw it

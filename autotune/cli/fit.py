@@ -74,7 +74,7 @@ POSITIVE = click.IntRange(min=1)
     help="fresh: a new process for each probe. The winner is always proven in one.",
 )
 @click.option("--python", help="Interpreter of your trainer's environment.  [default: autotune's own]")
-@click.option("--max-probes", type=POSITIVE, default=24, show_default=True)
+@click.option("--max-probes", type=POSITIVE, help="Stop searching after so many.  [default: 24; on the CPU 10]")
 @click.option("--fresh", is_flag=True, help="Measure again, whatever the database holds.")
 @click.option("--no-prediction", is_flag=True, help="Probe what a prediction would skip (today nothing is skipped).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document: bytes, seconds, unknown is null.")

@@ -23,7 +23,7 @@ from autotune.hardware.readers import read_machine
 from autotune.hardware.select import check_memory_limit, default_headroom_bytes, select_device
 from autotune.hardware.sizes import format_bytes, parse_bytes
 from autotune.recommendation import closest_trial, fit_document, fit_file_document
-from autotune.tuner import Seams, fit
+from autotune.tuner import Seams, fit, request_id
 from autotune.values import (
     MIB,
     TRAINER_ADAPTER_DTYPE,
@@ -53,14 +53,27 @@ class Defaults:
     sequence_length: int
     effective_batch_size: int
     memory_limit_bytes: int | None
+    max_probes: int
 
 
 GPU_DEFAULTS = Defaults(
-    model="meta-llama/Meta-Llama-3-8B", sequence_length=2048, effective_batch_size=16, memory_limit_bytes=None
+    model="meta-llama/Meta-Llama-3-8B",
+    sequence_length=2048,
+    effective_batch_size=16,
+    memory_limit_bytes=None,
+    max_probes=24,
 )
 CPU_DEFAULTS = Defaults(
-    model="HuggingFaceTB/SmolLM2-135M", sequence_length=256, effective_batch_size=8, memory_limit_bytes=1500 * MIB
+    model="HuggingFaceTB/SmolLM2-135M",
+    sequence_length=256,
+    effective_batch_size=8,
+    memory_limit_bytes=1500 * MIB,
+    max_probes=10,
 )
+
+
+def defaults_for(device: Device) -> Defaults:
+    return CPU_DEFAULTS if device.kind == "cpu" else GPU_DEFAULTS
 
 
 def run(options: dict[str, Any]) -> None:
@@ -89,7 +102,7 @@ def choose_device(wanted: str, python: str | None) -> Device:
 
 def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, int]:
     """The request and its headroom in bytes. Raises `InvalidRequest`."""
-    defaults = CPU_DEFAULTS if device.kind == "cpu" else GPU_DEFAULTS
+    defaults = defaults_for(device)
     model = resolve_model(options["model"] or defaults.model, weights=options["weights"], say=say)
     limit = parse_bytes(options["memory_limit"]) if options["memory_limit"] else defaults.memory_limit_bytes
     if limit is not None:
@@ -155,6 +168,7 @@ def _fit(
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = read_environment(options["python"], device, threads if device.kind == "cpu" else None)
     with open_store(None, device) as store, FitProgress(device, request) as progress:
+        store.add_request(request_id(request, headroom), request)
         executor = SubprocessExecutor(
             environment,
             python=options["python"],
@@ -166,7 +180,7 @@ def _fit(
         seams = Seams(
             executor=executor,
             store=store,
-            judge=MachineJudge(device.kind),
+            judge=MachineJudge(device),
             observer=progress,
             now_utc=lambda: datetime.now(UTC).isoformat(timespec="seconds"),
             monotonic=time.monotonic,
@@ -180,7 +194,7 @@ def _fit(
                 installed=optional_packages(options["python"]),
                 headroom_bytes=headroom,
                 fresh=options["fresh"],
-                max_probes=options["max_probes"],
+                max_probes=options["max_probes"] or defaults_for(device).max_probes,
             )
         finally:
             executor.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -11,6 +12,8 @@ from autotune.cli.words import WORDS, mib, settings
 from autotune.dataset import DatasetFacts, training_hours
 from autotune.recommendation import headroom_bytes, outlook, peak_bytes
 from autotune.values import Move, Recommendation, TrainingConfig, TrialRecord
+
+WIDTH = 110  # columns, where stdout is a file or a pipe
 
 _SHOWN = (
     "sequence_length",
@@ -48,6 +51,8 @@ def time_of_training(result: Recommendation, dataset: DatasetFacts | None, epoch
 def print_fit(result: Recommendation, training: dict[str, Any] | None) -> None:
     """To stdout."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
     if result.from_database:
         console.print("Known: answered from the database, nothing was run. --fresh measures again.", markup=False)
     if result.trials:
@@ -60,9 +65,10 @@ def print_fit(result: Recommendation, training: dict[str, Any] | None) -> None:
 
 
 def _trials(result: Recommendation) -> Table:
-    table = Table(title="Trials", title_justify="left")
-    for name in ("", "tokens", "micro batch", "checkpointing", "settings", "verdict", "tokens/s", "peak"):
-        table.add_column(name, justify="right" if name in ("tokens", "tokens/s", "peak") else "left")
+    table = Table(title="Trials", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "tokens", "batch", "checkpointing", "settings", "verdict", "tokens/s", "peak"):
+        wraps = name == "settings"
+        table.add_column(name, justify="right" if name in ("tokens", "tokens/s", "peak") else "left", no_wrap=not wraps)
     for trial in result.trials:
         config, speed = trial.config, trial.tokens_per_second
         proven = result.proof is not None and trial == result.proof
@@ -80,8 +86,8 @@ def _trials(result: Recommendation) -> Table:
 
 
 def _config(config: TrainingConfig, moves: tuple[Move, ...]) -> Table:
-    changed = {name: move for move in moves for name in move.changed}
-    table = Table(title="Config", title_justify="left", show_header=False)
+    changed = {next(iter(move.changed)): move for move in moves}
+    table = Table(title="Config", title_justify="left", show_header=False, box=None, pad_edge=False)
     for name in _SHOWN:
         value = getattr(config, name)
         text = ", ".join(value) if isinstance(value, tuple) else str(value)

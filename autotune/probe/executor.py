@@ -215,6 +215,7 @@ class _Run:
         self._used_peak: int | None = None
         self._watched = 0.0
         self._started_now = not worker.ready
+        self._done: Message = {}
 
     def report(self) -> ProbeReport:
         """Send the request, wait with every phase's limit, and give the facts. Raises `Interrupted`."""
@@ -289,7 +290,8 @@ class _Run:
         report = self.partial
         if report is None:
             report = ProbeReport(failure=Failure(phase=self.phase))
-        return self._complete(report, exit_code=code if killed_by is None else None, killed_by=killed_by)
+        code = code if killed_by is None else None
+        return self._complete(report, exit_code=code, killed_by=killed_by, pid=self._done.get("pid"))
 
     def _died(self) -> ProbeReport:
         """The worker closed its channel: after its report (fresh), or with no word."""
@@ -309,7 +311,9 @@ class _Run:
         end_tree(self.worker.process.pid)
         return complete
 
-    def _complete(self, report: ProbeReport, *, exit_code: int | None, killed_by: int | None) -> ProbeReport:
+    def _complete(
+        self, report: ProbeReport, *, exit_code: int | None, killed_by: int | None, pid: int | None = None
+    ) -> ProbeReport:
         wall = time.monotonic() - (self.worker.started if self._started_now else self._began)
         training = sum(report.phases_s.get(name, 0.0) for name in ("forward", "backward", "optimizer", "evaluate"))
         used = [value for value in (report.device_used_bytes, self._used_peak) if value is not None]
@@ -317,6 +321,7 @@ class _Run:
             report,
             exit_code=exit_code,
             signal=killed_by,
+            pid=report.pid or pid or self.worker.process.pid,
             log_tail=self.worker.tail(self._log_from),
             isolation=Isolation.FRESH if self.fresh else Isolation.WARM,
             wall_time_s=wall,

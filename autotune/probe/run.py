@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 import traceback
@@ -21,6 +22,7 @@ from autotune.workload.tracking import LiveBytes, model_tensors
 
 _TRACEBACK_CHARS = 6000
 _MESSAGE_CHARS = 4000
+_ENOUGH_S = 4.0  # of timed micro batches: one that takes longer is timed once
 
 
 def base_key(request: ProbeRequest) -> str:
@@ -71,7 +73,7 @@ class ProbeRun:
         self.request = request
         self.channel = channel
         self.device = torch.device(request.device)
-        self.facts: dict[str, Any] = {"phases_s": {}}
+        self.facts: dict[str, Any] = {"phases_s": {}, "pid": os.getpid()}
         self.phase = "start"
         self._phase_began = time.perf_counter()
         self._data_before = data_before
@@ -134,12 +136,13 @@ class ProbeRun:
         batches = step.batches(1 + self.request.micro_batches)
         items = step.items_in(batches)
         self._micro(step, batches[0], items, timed=False)
-        for _ in range(self.request.optimizer_steps):
-            for batch in batches[1:]:
-                if self.request.config.gradient_accumulation_steps == 1:
-                    step.model.zero_grad()
-                self._micro(step, batch, items, timed=True)
-            self._optimizer(step, timed=True)
+        for batch in batches[1:]:
+            if self.request.config.gradient_accumulation_steps == 1:
+                step.model.zero_grad()
+            self._micro(step, batch, items, timed=True)
+            if sum(self.facts["micro_batch_times_s"]) > _ENOUGH_S:
+                break
+        self._optimizer(step, timed=True)
 
     def _prove(self, step: TrainingStep, folder: str) -> None:
         """Steps as a trainer takes them. The first is warm-up; on the CPU the second is watched, not timed."""

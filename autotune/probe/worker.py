@@ -92,7 +92,9 @@ class Worker:
             self._leave()
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
-        self.channel.send({"event": "done", "exit_code": max(code, 0), "signal": -code if code < 0 else None})
+        self.channel.send(
+            {"event": "done", "exit_code": max(code, 0), "signal": -code if code < 0 else None, "pid": child}
+        )
 
     def _have_base(self, request: ProbeRequest) -> bool:
         """Build the base that this and later children share; False once its failure is reported."""
