@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +148,10 @@ def arguments(config: TrainingConfig, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def lora() -> Iterator[Any]:
+def lora() -> Any:
     from peft import LoraConfig
 
-    yield LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "full"])

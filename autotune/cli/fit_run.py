@@ -271,9 +271,8 @@ def _report(result: Recommendation, dataset: DatasetFacts | None, options: dict[
         document = fit_file_document(result)
         document["autotune"] = importlib.metadata.version("autotune-qlora") if _packaged() else None
         write_fit(options["output"], document, force=options["force"])
-        say(
-            f"Written to {options['output']}. Next: autotune export {options['output']} --to {result.request.start.trainer}"
-        )
+        trainer = "trl" if result.request.start.trainer is Trainer.TRL else "transformers"
+        say(f"Written to {options['output']}. Next: autotune export {options['output']} --to {trainer}")
 
 
 def _packaged() -> bool:

@@ -226,7 +226,8 @@ class _Run:
             while True:
                 for _ in selector.select(_POLL_S):
                     messages, closed = self.worker.channel.lines()
-                    if any([self._hear(message) for message in messages]):
+                    over = [self._hear(message) for message in messages]  # every one is heard
+                    if True in over:
                         return self._finished()
                     if closed:
                         return self._died()

@@ -89,7 +89,7 @@ class ProbeRun:
         try:
             with tempfile.TemporaryDirectory(prefix="autotune-probe-") as folder:
                 self._run(base, folder)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - any death is a fact to report
             lift_data_limit()
             failure = describe(error, self.phase)
             error.__traceback__ = None  # it holds the frames, and they hold the tensors

@@ -108,7 +108,7 @@ class Worker:
             self._limit(request)
             self.base = build(request, self.channel)
             self.base_key = base_key(request)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - any death is a fact to report
             lift_data_limit()
             self.channel.send({"event": "report", "report": report_of_failure(error, "build")})
             return False
@@ -143,7 +143,7 @@ class Worker:
             torch.cuda.empty_cache()
             try:
                 self.base = build(request, self.channel)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - any death is a fact to report
                 self.channel.send({"event": "report", "report": report_of_failure(error, "build")})
                 self._leave()
             self.base_key = base_key(request)

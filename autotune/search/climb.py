@@ -186,7 +186,7 @@ class _Climber:
             point = found
 
     def gains_from_size(self, point: Observation) -> bool:
-        """Whether the step up to this micro batch was worth it, or none smaller is known: else room is not worth making."""
+        """Whether this micro batch is faster than a smaller one; True where none is known. Else no room is made."""
         smaller = (self.seen.get(config) for config in self.sizes(point.config, below=point.config.micro_batch_size))
         known = next((item for item in smaller if item is not None and item.fits), None)
         return known is None or self.rises(point, known)

@@ -1,4 +1,4 @@
-"""Judging on this machine: the system's own evidence is read before and after a probe. Implements the flow's `Judge`."""
+"""Judging on this machine, with the system's own evidence from before and after a probe: the flow's `Judge`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from autotune.values import Device, Judgement, ProbeReport, ProbeRequest
 from autotune.verdict.evidence import read_evidence
 from autotune.verdict.judge import Evidence, classify
-
 
 _NO_LOG = Path(os.devnull)
 
@@ -24,7 +23,7 @@ class MachineJudge:
 
     def begin(self) -> None:
         """A probe starts now."""
-        self._began = time.monotonic()
+        self._began = time.time()
         self._before = read_evidence(dmesg=None, kmsg=_NO_LOG)  # the counters alone: a log has times of its own
 
     def judge(self, report: ProbeReport, request: ProbeRequest) -> Judgement:
