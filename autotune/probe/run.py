@@ -77,7 +77,7 @@ class ProbeRun:
         self.phase = "start"
         self._phase_began = time.perf_counter()
         self._data_before = data_before
-        self._tracker = LiveBytes() if self.device.type == "cpu" else None
+        self._tracker = LiveBytes("cpu") if self.device.type == "cpu" else None
         self._step: TrainingStep | None = None
 
     def report(self, base: BaseModel | None) -> bool:

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from autotune.values import ModelSource, Quantization, TrainingConfig
 
 BLOCKSIZE = 64  # bitsandbytes' default for NF4
 NESTED_BLOCKSIZE = 256  # of the second quantisation, fixed in bitsandbytes' quantize_4bit
+#: What transformers' config and model classes raise for a config.json that makes no sense.
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, StrictDataclassError)
 _CODE_STD = 0.5566  # standard deviation of the sixteen NF4 levels, drawn evenly
 
 
@@ -82,7 +85,7 @@ def _skeleton(source: ModelSource, config: TrainingConfig) -> Any:
                 dtype=getattr(torch, config.compute_dtype),
                 attn_implementation=config.attention.value,
             )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
+    except (ImportError, *_REFUSALS) as error:
         raise UnsupportedModel(f"transformers cannot build {source.name}: {_first_line(error)}") from error
 
 
@@ -95,7 +98,7 @@ def hf_config_of(source: ModelSource) -> Any:
         raise UnsupportedModel(f"transformers does not know the architecture {kind!r} of {source.name}")
     try:
         hf_config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source.config))
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except _REFUSALS as error:
         raise UnsupportedModel(f"transformers refuses the config of {source.name}: {_first_line(error)}") from error
     return hf_config.get_text_config(decoder=True)
 

@@ -40,7 +40,8 @@ class TrainingStep:
         self._scaler = (
             torch.amp.GradScaler(self.device.type) if config.autocast and config.compute_dtype == "float16" else None
         )
-        if config.autocast:
+        self._autocasts = config.autocast and config.compute_dtype != "float32"
+        if self._autocasts:
             self._wrap_forward()
         self._seed = seed
         self.model.train()
@@ -53,7 +54,7 @@ class TrainingStep:
         self.model.forward = convert_outputs_to_fp32(self._autocast()(self.model.forward))
 
     def _autocast(self) -> Any:
-        if not self.config.autocast:
+        if not self._autocasts:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.config.compute_dtype))
 
@@ -154,7 +155,7 @@ class TrainingStep:
 
     def close(self) -> Any:
         """Take adapters, optimizer state and patches away; gives the bare base model back."""
-        if self.config.autocast:
+        if self._autocasts:
             self.model.forward = self._plain_forward
         self.optimizer.state.clear()
         self.model.zero_grad()

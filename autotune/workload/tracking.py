@@ -16,13 +16,15 @@ ROUNDING = 512  # bytes; as the CUDA caching allocator rounds (c10/cuda/CUDACach
 class LiveBytes(TorchDispatchMode):
     """While entered, follows every storage that an operator returns until it is released.
 
-    `live_bytes` and `peak_bytes` are rounded up to 512 B a storage. What lived before is told with `see`.
+    `live_bytes` and `peak_bytes` are rounded up to 512 B a storage. What lived before is told with `see`. With a
+    `device_type` ("cpu", "meta") storages elsewhere do not count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live_bytes = 0
         self.peak_bytes = 0
+        self._device_type = device_type
         self._alive: set[int] = set()
 
     def see(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -43,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._alive:
+        if key in self._alive or self._device_type not in (None, tensor.device.type):
             return
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
         self._alive.add(key)
