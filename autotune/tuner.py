@@ -133,16 +133,15 @@ class _Fit:
         return None
 
     def recorded(self) -> dict[TrainingConfig, Observation]:
-        """What an earlier, perhaps interrupted fit of this request measured in this environment."""
-        usable = [
-            trial
-            for trial in self.stored
-            if trial.environment.fingerprint == self.environment.fingerprint
-            and trial.origin is Origin.PROBE
-            and trial.judgement.verdict in (Verdict.FITS, *_OUT_OF_MEMORY)
-        ]
-        self.trials = list(usable)
-        return {trial.config: observe(trial) for trial in usable}
+        """What an earlier, perhaps interrupted fit of this request measured in this environment.
+
+        Proofs that ran out of memory stay known too; one that held is taken again: the card may be fuller now.
+        """
+        same = [trial for trial in self.stored if trial.environment.fingerprint == self.environment.fingerprint]
+        usable = {Origin.PROBE: (Verdict.FITS, *_OUT_OF_MEMORY), Origin.PROOF: _OUT_OF_MEMORY}
+        known = [trial for trial in same if trial.judgement.verdict in usable.get(trial.origin, ())]
+        self.trials = [*known, *self.trials]
+        return {trial.config: observe(trial) for trial in known if trial.origin is Origin.PROBE}
 
     def search(
         self, installed: Collection[str], max_probes: int, recorded: Mapping[TrainingConfig, Observation]

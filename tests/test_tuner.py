@@ -148,7 +148,7 @@ def test_a_fuller_card_is_searched_again() -> None:
     assert not scene.fit().from_database
 
 
-@pytest.mark.parametrize("after", range(0, 8))
+@pytest.mark.parametrize("after", range(8))
 def test_an_interrupted_fit_goes_on_without_running_a_recorded_trial_again(after: int) -> None:
     whole = Scene(request=limited(900))
     whole.fit()

@@ -115,9 +115,7 @@ def test_models_that_cannot_be_built_are_refused_with_the_reason(config: dict[st
     ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
 )
 def test_every_setting_trains_evaluates_and_leaves_a_bare_model(changes: dict[str, Any], tmp_path: Any) -> None:
-    from autotune.values import from_json, to_json
-
-    config = from_json(TrainingConfig, {**to_json(a_config()), **to_json(changes)})
+    config = a_config(**changes)
     base = build_base(MODEL, config, CPU)
     step = TrainingStep(base, config, folder=str(tmp_path))
     before = [parameter.detach().clone() for parameter in step.trainable]
@@ -157,8 +155,37 @@ def test_chunked_loss_is_the_full_loss(tmp_path: Any) -> None:
     ],
 )
 def test_settings_that_cannot_run_here_are_refused(changes: dict[str, Any], words: str, tmp_path: Any) -> None:
-    from autotune.values import from_json, to_json
-
-    config = from_json(TrainingConfig, {**to_json(a_config()), **to_json(changes)})
+    config = a_config(**changes)
     with pytest.raises(UnsupportedModel, match=words):
         TrainingStep(build_base(MODEL, config, CPU), config, folder=str(tmp_path))
+
+
+def test_a_kept_base_peaks_as_a_fresh_one_whatever_ran_on_it_before(tmp_path: Any) -> None:
+    """A warm worker on a GPU keeps the base from config to config."""
+
+    def peak(base: Any, changes: dict[str, Any]) -> int:
+        config = a_config(sequence_length=128, **changes)
+        step = TrainingStep(base, config, folder=str(tmp_path))
+        step.prime_optimizer()
+        (batch,) = step.batches(1)
+        tracker = LiveBytes("cpu")
+        tracker.see([*model_tensors(step.model), *step.optimizer_tensors(), *batch.values()])
+        with tracker:
+            step.micro_batch(batch, step.items_in([batch]))
+        step.close()
+        del step
+        gc.collect()
+        return tracker.peak_bytes
+
+    kept = build_base(MODEL, a_config(), CPU)
+    sequence: list[dict[str, Any]] = [
+        {"gradient_checkpointing": "full"},
+        {},
+        {"attention": "eager", "lora_rank": 8},
+        {"gradient_checkpointing": "every_2", "loss": "chunked"},
+        {"optimizer": "adamw_bnb_8bit"},
+        {"gradient_checkpointing": "full", "reentrant": True},
+        {},
+    ]
+    for changes in sequence:
+        assert peak(kept, changes) == peak(build_base(MODEL, a_config(), CPU), changes), changes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from autotune.values import MIB, Environment, ModelSource, ProbeRequest, TrainingConfig
+from autotune.values import MIB, Environment, ModelSource, ProbeRequest, TrainingConfig, from_json, to_json
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,7 +34,9 @@ ENVIRONMENT = Environment(
 
 
 def a_config(**changes: Any) -> TrainingConfig:
-    return TrainingConfig(**{"sequence_length": 64, "micro_batch_size": 1, "gradient_accumulation_steps": 2, **changes})
+    """64 tokens, one sample twice; `changes` may be plain text where the field is an enum."""
+    fields = {"sequence_length": 64, "micro_batch_size": 1, "gradient_accumulation_steps": 2, **changes}
+    return from_json(TrainingConfig, to_json(fields))
 
 
 def a_probe(*, limit_mib: int | None = 400, **changes: Any) -> ProbeRequest:

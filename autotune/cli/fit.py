@@ -49,6 +49,11 @@ POSITIVE = click.IntRange(min=1)
     type=click.Choice([u.value for u in Upcast]),
     help="What is not 4-bit becomes float32, or only norms do.  [default: the trainer's]",
 )
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of matrix products and unquantised weights.  [default: bfloat16; float16 on GPUs before Ampere]",
+)
 @click.option("--optimizer", default="adamw_torch_fused", show_default=True, help="By transformers' name.")
 @click.option("--attention", type=click.Choice([a.value for a in Attention]), default="sdpa", show_default=True)
 @click.option("--lora-rank", type=POSITIVE, default=16, show_default=True)

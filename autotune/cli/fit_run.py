@@ -111,7 +111,7 @@ def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, 
     room = limit if limit is not None else device.total_bytes
     if room is not None and headroom >= room:
         raise InvalidRequest(f"--headroom {format_bytes(headroom)} leaves nothing of {format_bytes(room)}: give less")
-    start = start_config(options, model, defaults)
+    start = start_config(options, model, defaults, device)
     try:
         return FitRequest(
             model=model,
@@ -128,7 +128,7 @@ def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, 
         raise InvalidRequest(str(error)) from error
 
 
-def start_config(options: dict[str, Any], model: ModelSource, defaults: Defaults) -> TrainingConfig:
+def start_config(options: dict[str, Any], model: ModelSource, defaults: Defaults, device: Device) -> TrainingConfig:
     """What was asked, as one micro batch of the whole effective batch. Raises `InvalidRequest`."""
     length = options["sequence_length"]
     if length is not None:
@@ -144,6 +144,7 @@ def start_config(options: dict[str, Any], model: ModelSource, defaults: Defaults
             micro_batch_size=options["effective_batch_size"] or defaults.effective_batch_size,
             attention=Attention(options["attention"]),
             optimizer=options["optimizer"],
+            compute_dtype=options["compute_dtype"] or default_compute_dtype(device),
             loss=TRAINER_LOSS[trainer],
             upcast=Upcast(options["upcast"]) if options["upcast"] else TRAINER_UPCAST[trainer],
             lora_rank=options["lora_rank"],
@@ -155,6 +156,12 @@ def start_config(options: dict[str, Any], model: ModelSource, defaults: Defaults
         )
     except ValueError as error:
         raise InvalidRequest(str(error)) from error
+
+
+def default_compute_dtype(device: Device) -> str:
+    """bfloat16, but for NVIDIA cards before compute capability 8.0, which have no bfloat16 arithmetic."""
+    major = (device.compute_capability or "").split(".")[0]
+    return "float16" if device.kind == "cuda" and major.isdecimal() and int(major) < 8 else "bfloat16"
 
 
 def _fit(

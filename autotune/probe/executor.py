@@ -126,6 +126,7 @@ class _Worker:
     def __init__(self, python: str, request: ProbeRequest, *, used_before: int | None) -> None:
         ours, theirs = socket.socketpair()
         self.log = tempfile.TemporaryFile(prefix="autotune-worker-")  # noqa: SIM115 - lives as long as the worker
+        self.folder = tempfile.TemporaryDirectory(prefix="autotune-worker-", ignore_cleanup_errors=True)
         self.used_before = used_before
         self.started = time.monotonic()
         self.ready = False
@@ -137,7 +138,7 @@ class _Worker:
                 stderr=self.log,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
-                env=_worker_environment(request),
+                env={**_worker_environment(request), "TMPDIR": self.folder.name},  # a killed worker clears nothing
             )
         self.channel = Channel(ours)
 
@@ -160,6 +161,7 @@ class _Worker:
             self.process.wait(_END_S)
         self.channel.close()
         self.log.close()
+        self.folder.cleanup()
 
 
 def end_tree(pid: int) -> None:
@@ -233,14 +235,15 @@ class _Run:
                         return self._died()
                 if self.executor._stop():
                     self.worker.end()
-                    raise Interrupted("interrupted")
+                    raise Interrupted("interrupted; what was measured is kept, and the same command goes on from there")
                 if self._overdue():
                     return self._timed_out()
                 self._look()
 
     def _send(self) -> None:
         request = dataclasses.replace(self.request, device_used_before_bytes=self.worker.used_before)
-        self.worker.channel.send({"request": to_json(request), "fresh": self.fresh})
+        with contextlib.suppress(ConnectionError):  # it has just died: seen as a closed channel
+            self.worker.channel.send({"request": to_json(request), "fresh": self.fresh})
 
     def _hear(self, message: Message) -> bool:
         """Take one message in; True when the probe is over."""

@@ -61,6 +61,14 @@ def describe(error: BaseException, phase: str) -> Failure:
     )
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of all that an exception and its causes hold: their frames hold the tensors."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def _class_name(error: BaseException) -> str:
     kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
@@ -81,8 +89,12 @@ class ProbeRun:
         self._step: TrainingStep | None = None
 
     def report(self, base: BaseModel | None) -> bool:
-        """Run and send the report; True where nothing was raised. The worker's outermost frame: any error is a fact."""
+        """Run and send the report; True where `base` is bare again and may be used for another probe.
+
+        The worker's outermost frame: any error is a fact.
+        """
         failure = None
+        reusable = True
         sampler = DataPeak() if self.device.type == "cpu" else None
         if sampler:
             sampler.start()
@@ -92,13 +104,23 @@ class ProbeRun:
         except BaseException as error:  # noqa: BLE001 - any death is a fact to report
             lift_data_limit()
             failure = describe(error, self.phase)
-            error.__traceback__ = None  # it holds the frames, and they hold the tensors
-        self._enter("report")
+            reusable = isinstance(error, torch.OutOfMemoryError) and self._step is not None
+            _forget_frames(error)
         self._memory_facts(sampler)
+        if self.device.type != "cpu" and reusable:
+            reusable = self._bare_again()
         self._step = None
-        report = ProbeReport(failure=failure, **self.facts)
-        self.channel.send({"event": "report", "report": to_json(report)})
-        return failure is None
+        self._enter("report")
+        self.channel.send({"event": "report", "report": to_json(ProbeReport(failure=failure, **self.facts))})
+        return reusable
+
+    def _bare_again(self) -> bool:
+        try:
+            if self._step is not None:
+                self._step.close()
+        except RuntimeError:  # the CUDA context is in an error
+            return False
+        return True
 
     def _run(self, base: BaseModel | None, folder: str) -> None:
         if self.device.type == "cuda":
@@ -122,9 +144,6 @@ class ProbeRun:
             self._probe(step)
         self.facts["optimizer_state_bytes"] = step.optimizer_state_bytes
         self.facts["skipped_steps"] = step.skipped_steps
-        if self.device.type != "cpu":
-            self._memory_facts(None)
-            step.close()
 
     def _probe(self, step: TrainingStep) -> None:
         """Optimizer state made first, one warm-up micro batch, then the timed ones and an optimizer step."""

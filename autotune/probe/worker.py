@@ -43,6 +43,7 @@ class Worker:
         self.threads = 1
         self.data_after_imports = 0
         self.clean_bytes: int | None = None
+        self._beating = 0  # pid of the process that has a heartbeat
 
     def serve(self) -> None:
         self.channel.send({"event": "phase", "name": "import"})
@@ -53,7 +54,7 @@ class Worker:
             if request.config.trainer is Trainer.TRL:
                 _import_trl()
             if message["fresh"]:
-                self._run(request, None, heartbeat=True)
+                self._run(request, None)
                 self._leave()
             if request.device == "cpu":
                 self._fork(request)
@@ -84,11 +85,12 @@ class Worker:
         """Run one probe in a child; its death is the server's to report, whatever it dies of."""
         if not self._have_base(request):
             self._leave()
+        server = os.getpid()
         child = os.fork()
         if child == 0:
-            die_with_parent_of_fork()
+            die_with_parent(server)
             threading.stack_size(_STACK_BYTES)
-            self._run(request, self.base, heartbeat=True)
+            self._run(request, self.base)
             self._leave()
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -115,14 +117,13 @@ class Worker:
         lift_data_limit()
         return True
 
-    def _run(self, request: ProbeRequest, base: Any, *, heartbeat: bool) -> bool:
-        """One probe in this process; True when it ended without an error."""
+    def _run(self, request: ProbeRequest, base: Any) -> bool:
+        """One probe in this process; True where the base may be used again."""
         import torch
 
         from autotune.probe.run import ProbeRun
 
-        if heartbeat:
-            Heartbeat(self.channel, os.getppid()).start()
+        self._start_heartbeat()
         if request.device == "cpu":
             torch.set_num_threads(self.threads)
         self._limit(request)
@@ -133,10 +134,9 @@ class Worker:
         """A probe on CUDA in this process, then back to the bare base; says whether it may be trusted again."""
         import torch
 
-        from autotune.probe.run import ProbeRun, base_key, build, report_of_failure
+        from autotune.probe.run import base_key, build, report_of_failure
 
-        if self.clean_bytes is None:
-            Heartbeat(self.channel, os.getppid()).start()
+        self._start_heartbeat()
         if self.base_key != base_key(request):
             self.base, self.base_key, self.clean_bytes = None, "", None
             gc.collect()
@@ -147,14 +147,20 @@ class Worker:
                 self.channel.send({"event": "report", "report": report_of_failure(error, "build")})
                 self._leave()
             self.base_key = base_key(request)
-        fine = ProbeRun(request, self.channel, data_before=0).report(self.base)
+        reusable = self._run(request, self.base)
         gc.collect()
         torch.cuda.empty_cache()
         left = torch.cuda.memory_reserved()
         if self.clean_bytes is None:
             self.clean_bytes = left
-        clean = fine and abs(left - self.clean_bytes) <= CLEAN_BYTES
+        clean = reusable and abs(left - self.clean_bytes) <= CLEAN_BYTES
         self.channel.send({"event": "done", "exit_code": 0, "signal": None, "clean": clean})
+
+    def _start_heartbeat(self) -> None:
+        """One in this process; a fork has threads of its own."""
+        if self._beating != os.getpid():
+            self._beating = os.getpid()
+            Heartbeat(self.channel, os.getppid()).start()
 
     def _leave(self) -> NoReturn:
         """End without running other libraries' exit handlers, with all output written."""
@@ -162,10 +168,6 @@ class Worker:
         sys.stderr.flush()
         self.channel.close()
         os._exit(0)
-
-
-def die_with_parent_of_fork() -> None:
-    die_with_parent(os.getppid())
 
 
 def _import_trl() -> None:

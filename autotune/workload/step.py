@@ -161,6 +161,8 @@ class TrainingStep:
         self.model.zero_grad()
         base = self.model.unload()
         base.__dict__.pop("forward", None)
+        if getattr(base, "_require_grads_hooks", None) or hasattr(base, "_require_grads_hook"):
+            base.disable_input_require_grads()  # set by checkpointing, and not taken back by switching it off
         for parameter in base.parameters():
             parameter.requires_grad_(False)
         return base
