@@ -229,3 +229,20 @@ def test_base_holds_the_bytes_that_from_pretrained_makes(folder: Path, upcast: U
     for tracker, model in zip(tracked, (ours, theirs), strict=True):
         tracker.see(model_tensors(model))
     assert tracked[0].live_bytes == tracked[1].live_bytes
+
+
+def test_real_weights_come_from_the_folder_and_train(folder: Path, tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    config = config_of(Trainer.TRANSFORMERS, 1, "off")
+    source = ModelSource(name="test", config=CONFIG, folder=str(folder), weights="real")
+    base = build_base(source, config, torch.device("cpu"))
+    ours = base.model.model.layers[1].self_attn.q_proj.weight
+    theirs = loaded(folder, config).model.layers[1].self_attn.q_proj.weight
+    assert torch.equal(
+        bnb.functional.dequantize_4bit(ours.data, ours.quant_state),
+        bnb.functional.dequantize_4bit(theirs.data, theirs.quant_state),
+    )
+    step = TrainingStep(base, config, folder=str(tmp_path))
+    batches = step.batches(2)
+    assert float(step.micro_batch(batches[0], step.items_in(batches))) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -65,16 +66,26 @@ def print_fit(result: Recommendation, training: dict[str, Any] | None) -> None:
 
 
 def _trials(result: Recommendation) -> Table:
+    several = len({trial.config.sequence_length for trial in result.trials}) > 1
     table = Table(title="Trials", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "tokens", "batch", "checkpointing", "settings", "verdict", "tokens/s", "peak"):
-        wraps = name == "settings"
-        table.add_column(name, justify="right" if name in ("tokens", "tokens/s", "peak") else "left", no_wrap=not wraps)
+    for name in (
+        "",
+        *(["tokens"] if several else []),
+        "batch",
+        "checkpoints",
+        "settings",
+        "verdict",
+        "tokens/s",
+        "peak",
+    ):
+        right = name in ("tokens", "tokens/s", "peak")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "settings")
     for trial in result.trials:
         config, speed = trial.config, trial.tokens_per_second
         proven = result.proof is not None and trial == result.proof
         table.add_row(
-            "➜" if proven else trial.origin.value if trial.origin.value == "proof" else "",
-            str(config.sequence_length),
+            "➜" if proven else "",
+            *([str(config.sequence_length)] if several else []),
             f"{config.micro_batch_size} × {config.gradient_accumulation_steps}",
             config.gradient_checkpointing,
             settings(config),
@@ -105,6 +116,15 @@ def _move(move: Move, name: str) -> str:
     return ", ".join(parts)
 
 
+def _duration(hours: float) -> str:
+    """ "3 hours and 12 minutes"."""
+    import humanize
+
+    minimum = "minutes" if hours >= 0.1 else "seconds"
+    text: str = humanize.precisedelta(timedelta(hours=hours), minimum_unit=minimum, format="%0.0f")
+    return text
+
+
 def _lines(result: Recommendation, proof: TrialRecord, training: dict[str, Any] | None) -> list[str]:
     start, config, report = result.request.start, proof.config, proof.report
     speed = f"{proof.tokens_per_second:,.0f}" if proof.tokens_per_second else "?"
@@ -129,7 +149,7 @@ def _lines(result: Recommendation, proof: TrialRecord, training: dict[str, Any] 
     if training:
         lines.append(
             f"Training: {training['samples']:,} samples × {training['epochs']:g} epochs ="
-            f" {training['optimizer_steps']:,} optimizer steps, about {training['hours']:.2f} hours at full length."
+            f" {training['optimizer_steps']:,} optimizer steps, about {_duration(training['hours'])} at full length."
         )
     lines += [f"Note: {note}." for note in result.notes]
     lines.append(f"Probes: {result.probes}, out of memory {result.out_of_memory}, {result.wall_time_s:.0f} s in all.")

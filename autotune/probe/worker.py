@@ -51,8 +51,9 @@ class Worker:
         self.channel.send({"event": "ready"})
         while (message := self.channel.receive()) is not None:
             request = from_json(ProbeRequest, message["request"])
-            if request.config.trainer is Trainer.TRL:
+            if request.config.trainer is Trainer.TRL and self.base is None:
                 _import_trl()
+                self.data_after_imports = status_bytes("VmData") or 0
             if message["fresh"]:
                 self._run(request, None)
                 self._leave()
