@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import signal
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +183,8 @@ class _Fit:
             trial = self._trial(config, proof=proof, fresh=True, moves=trial.moves)
         if trial.judgement.verdict is Verdict.INTERRUPTED:
             raise Interrupted("a probe was interrupted; everything measured is kept")
-        if trial.judgement.verdict not in (Verdict.FITS, *_OUT_OF_MEMORY):
+        unproven = proof and trial.judgement.verdict is Verdict.AMBIGUOUS  # the next best may stand its proof
+        if trial.judgement.verdict not in (Verdict.FITS, *_OUT_OF_MEMORY) and not unproven:
             raise ProbeFailed(
                 failure_line(trial),
                 worker_exit_code=trial.report.exit_code,
@@ -285,11 +287,13 @@ def has_room(device: Device, proof: TrialRecord, headroom_bytes: int) -> bool:
 
 def failure_line(trial: TrialRecord) -> str:
     """One line: what died, where, and what to do."""
-    failure = trial.report.failure
+    failure, died_of = trial.report.failure, trial.report.signal
     where = f" in phase {failure.phase}" if failure else ""
     said = (failure.message if failure else "").strip().splitlines()
     name = f"{failure.exception.rsplit('.', 1)[-1]}: " if failure and failure.exception else ""
     last = said[0] if said else (trial.report.log_tail.strip().splitlines() or ["no last words"])[-1]
+    if died_of is not None:
+        name, last = "", f"killed by {signal.Signals(died_of).name}"
     settle = f"; what would settle it: {trial.judgement.settle}" if trial.judgement.settle else ""
     return f"{trial.judgement.verdict}{where}: {name}{last[:400]}. {trial.judgement.action}{settle}"
 

@@ -147,7 +147,13 @@ def test_a_cuda_probes_host_allocation_is_the_hosts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("peak", "wanted"), [(LIMIT * 97 // 100, "device_oom"), (LIMIT // 2, "not_oom"), (None, "ambiguous")]
+    ("peak", "wanted"),
+    [
+        (LIMIT * 97 // 100, "device_oom"),
+        (LIMIT * 60 // 100, "ambiguous"),  # one large request may have been refused
+        (LIMIT * 40 // 100, "not_oom"),
+        (None, "ambiguous"),
+    ],
 )
 @pytest.mark.parametrize("signal", [6, 7, 11])
 def test_a_crash_is_for_memory_only_at_the_limit(signal: int, peak: int | None, wanted: str) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import selectors
-import signal
 import socket
 import subprocess
 import sys
@@ -218,6 +217,7 @@ class _Run:
         self._watched = 0.0
         self._started_now = not worker.ready
         self._done: Message = {}
+        self._data_peak: int | None = None  # the last that a CPU worker told; its report may never come
 
     def report(self) -> ProbeReport:
         """Send the request, wait with every phase's limit, and give the facts. Raises `Interrupted`."""
@@ -254,6 +254,8 @@ class _Run:
             self.executor._progress(self.phase)
         elif event == "heartbeat":
             self._beats = True
+        elif event == "memory":
+            self._data_peak = message["bytes"]
         elif event == "ready":
             self.worker.ready = True
             self._send()
@@ -332,6 +334,7 @@ class _Run:
             startup_s=max(0.0, wall - training),
             tenants=self._tenants,
             device_used_bytes=max(used, default=None),
+            peak_reserved_bytes=report.peak_reserved_bytes or self._data_peak,
         )
 
 
@@ -343,11 +346,3 @@ def _limit_of(phase: str, limits: ProbeLimits) -> float:
     if phase in ("checkpoint", "report"):
         return limits.checkpoint_s
     return limits.step_s
-
-
-def signal_name(number: int) -> str:
-    """ "SIGKILL" for 9; the number itself where it has no name."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)

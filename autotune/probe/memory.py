@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from autotune.values import MIB
+
 _STATUS = Path("/proc/self/status")
+_TOLD_STEP_BYTES = 4 * MIB
 
 
 def status_bytes(field: str) -> int | None:
@@ -40,17 +45,25 @@ def lift_data_limit() -> None:
 
 
 class DataPeak(threading.Thread):
-    """Samples VmData every `interval_s`: the nearest thing to a reserved peak that a CPU process has."""
+    """Samples VmData every `interval_s`: the nearest thing to a reserved peak that a CPU process has.
 
-    def __init__(self, interval_s: float = 0.02) -> None:
+    `tell` hears each peak that is a step above the last one told, so that it outlives a process that crashes.
+    """
+
+    def __init__(self, tell: Callable[[int], None], interval_s: float = 0.02) -> None:
         super().__init__(daemon=True, name="data-peak")
         self.peak_bytes = status_bytes("VmData") or 0
+        self._tell, self._told = tell, 0
         self._interval_s = interval_s
         self._done = threading.Event()
 
     def run(self) -> None:
         while not self._done.wait(self._interval_s):
             self.peak_bytes = max(self.peak_bytes, status_bytes("VmData") or 0)
+            if self.peak_bytes >= self._told + _TOLD_STEP_BYTES:
+                self._told = self.peak_bytes
+                with contextlib.suppress(OSError):  # the parent is gone: the heartbeat ends this process
+                    self._tell(self.peak_bytes)
 
     def finish(self) -> int:
         self._done.set()

@@ -95,7 +95,7 @@ class ProbeRun:
         """
         failure = None
         reusable = True
-        sampler = DataPeak() if self.device.type == "cpu" else None
+        sampler = DataPeak(self._tell_data) if self.device.type == "cpu" else None
         if sampler:
             sampler.start()
         try:
@@ -113,6 +113,9 @@ class ProbeRun:
         self._enter("report")
         self.channel.send({"event": "report", "report": to_json(ProbeReport(failure=failure, **self.facts))})
         return reusable
+
+    def _tell_data(self, data_bytes: int) -> None:
+        self.channel.send({"event": "memory", "bytes": max(0, data_bytes - self._data_before)})
 
     def _bare_again(self) -> bool:
         try:

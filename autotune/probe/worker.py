@@ -63,6 +63,7 @@ class Worker:
                 self._run_warm(request)
 
     def _import_libraries(self) -> None:
+        threading.stack_size(_STACK_BYTES)
         import torch
 
         self.threads = torch.get_num_threads()
@@ -106,6 +107,7 @@ class Worker:
         if self.base is not None and self.base_key == base_key(request):
             return True
         self.base = None
+        gc.unfreeze()
         gc.collect()
         try:
             self._limit(request)
@@ -116,6 +118,8 @@ class Worker:
             self.channel.send({"event": "report", "report": report_of_failure(error, "build")})
             return False
         lift_data_limit()
+        gc.collect()
+        gc.freeze()  # a child's collections then touch, and so copy, none of what it shares with the server
         return True
 
     def _run(self, request: ProbeRequest, base: Any) -> bool:

@@ -114,8 +114,16 @@ class _Facts:
     @property
     def is_near_limit(self) -> bool | None:
         """Whether the peak came within 5 % of the limit; None where either is unknown."""
+        return self._is_past(_NEAR_LIMIT)
+
+    @property
+    def is_past_half(self) -> bool:
+        """Whether a native library may have been refused one large request: it crashes without saying so."""
+        return bool(self._is_past(0.5))
+
+    def _is_past(self, fraction: float) -> bool | None:
         peak = self.report.peak_reserved_bytes or self.report.peak_allocated_bytes
-        return None if peak is None or self.limit is None else peak >= _NEAR_LIMIT * self.limit
+        return None if peak is None or self.limit is None else peak >= fraction * self.limit
 
 
 def oom_kills_between(before: Evidence | None, after: Evidence | None) -> int | None:
@@ -268,8 +276,9 @@ def _crashed(facts: _Facts) -> Judgement:
     if facts.on_cpu and facts.limit is not None:
         if facts.is_near_limit:
             return _judgement(Verdict.DEVICE_OOM, line, f"the peak was within 5 % of the limit of {gib(facts.limit)}")
-        if facts.is_near_limit is None:
-            return _judgement(Verdict.AMBIGUOUS, line, "its peak is not known", kind=Kind.SUSPECT)
+        if facts.is_near_limit is None or facts.is_past_half:
+            peak = "not known" if facts.is_near_limit is None else "past half of the limit: one large request may fail"
+            return _judgement(Verdict.AMBIGUOUS, line, f"its peak is {peak}", kind=Kind.SUSPECT)
     if facts.signal == _SIGBUS and not facts.on_cpu:
         return replace(
             _judgement(Verdict.AMBIGUOUS, line), settle="whether /dev/shm was full (df /dev/shm) at that time"

@@ -1,0 +1,1 @@
+"""What a probe costs and what a card can do: each benchmark is one command, and keeps its raw JSON."""
