@@ -191,6 +191,7 @@ def _worker_environment(request: ProbeRequest) -> dict[str, str]:
         # Two thread pools (torch's and bitsandbytes') spin on the same cores: beside any other load a micro batch of
         # 1.2 s took 50 s. Short spins cost nothing measurable (docs/log.md, 2026-11-23).
         env.setdefault("GOMP_SPINCOUNT", "3000")
+        env.setdefault("OMP_STACKSIZE", "2M")  # stacks count against RLIMIT_DATA, 8 MiB a thread
     if request.config.allocator.value != "default":
         env["PYTORCH_ALLOC_CONF"] = env["PYTORCH_CUDA_ALLOC_CONF"] = f"{request.config.allocator.value}:True"
     return env
