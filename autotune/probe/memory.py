@@ -65,7 +65,13 @@ class DataPeak(threading.Thread):
                 with contextlib.suppress(OSError):  # the parent is gone: the heartbeat ends this process
                     self._tell(self.peak_bytes)
 
-    def finish(self) -> int:
+    def stop(self) -> None:
+        """Take no more samples: what follows is no longer under the limit."""
         self._done.set()
-        self.peak_bytes = max(self.peak_bytes, status_bytes("VmData") or 0)
+
+    def finish(self) -> int:
+        """The peak, with a last sample unless it was stopped."""
+        if not self._done.is_set():
+            self._done.set()
+            self.peak_bytes = max(self.peak_bytes, status_bytes("VmData") or 0)
         return self.peak_bytes

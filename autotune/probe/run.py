@@ -102,6 +102,8 @@ class ProbeRun:
             with tempfile.TemporaryDirectory(prefix="autotune-probe-") as folder:
                 self._run(base, folder)
         except BaseException as error:  # noqa: BLE001 - any death is a fact to report
+            if sampler:
+                sampler.stop()
             lift_data_limit()
             failure = describe(error, self.phase)
             reusable = isinstance(error, torch.OutOfMemoryError) and self._step is not None
