@@ -81,7 +81,7 @@ class SubprocessExecutor:
         return self._probe_warm(request)
 
     def _probe_warm(self, request: ProbeRequest) -> ProbeReport:
-        key = _base_key(request)
+        key = _worker_key(request)
         if self._warm is not None and (self._warm_key != key or not self._warm.alive()):
             self.close()
         if self._warm is None:
@@ -107,10 +107,11 @@ class SubprocessExecutor:
             self._warm = None
 
 
-def _base_key(request: ProbeRequest) -> str:
+def _worker_key(request: ProbeRequest) -> str:
+    """What a warm worker is started for; anything else in a config it can change by itself."""
     config = request.config
-    parts = (request.device, request.model.fingerprint, config.quantization, config.double_quant, config.compute_dtype)
-    return "|".join(str(part) for part in parts)
+    base = (request.model.fingerprint, config.quantization, config.double_quant, config.compute_dtype)
+    return "|".join(map(str, (request.device, config.allocator, config.trainer, *base)))
 
 
 def _used(device: Device | None) -> int | None:
