@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from autotune.errors import Interrupted, ProbeFailed
 from autotune.protocols import ProbeExecutor, TrialStore
 from autotune.search.climb import Observation, Proposal
-from autotune.search.space import build_space
+from autotune.search.space import SearchSpace, build_space
 from autotune.search.study import Search
 from autotune.values import (
     Device,
@@ -153,7 +153,7 @@ class _Fit:
             trial = self.measure(proposal.config, proposal.reason, proposal=proposal)
             search.tell(proposal, observe(trial))
         outcome = search.outcome()
-        notes = [outcome.stopped]
+        notes = [*left_out(space), outcome.stopped]
         if outcome.ties:
             notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
         for candidate in outcome.ranked[:MAX_PROOFS]:
@@ -161,7 +161,7 @@ class _Fit:
             if proof.judgement.verdict is Verdict.FITS:
                 return self.recommend(proof, notes=(*notes, *slower_than_probed(proof, candidate)))
             notes.append(f"the fastest probe did not stand its proof ({proof.judgement.verdict}): the next was proven")
-        return self.recommend(None, notes=tuple(notes))
+        return self.recommend(None, notes=tuple(notes), from_database=self.probes == 0)
 
     def proof_of(self, config: TrainingConfig) -> TrialRecord:
         """The proof on record that failed or held in this environment, or a new one."""
@@ -285,17 +285,52 @@ def has_room(device: Device, proof: TrialRecord, headroom_bytes: int) -> bool:
     return device.free_bytes >= used - others + headroom_bytes
 
 
+def left_out(space: SearchSpace) -> tuple[str, ...]:
+    """A line for each setting that was asked for and cannot run on this device or with its software."""
+    asked = {name: f"{name}={getattr(space.request.start, name)}" for name in space.settings}
+    return tuple(f"{one} was asked for and left out: {why}" for one, why in space.excluded if one in asked.values())
+
+
+_FAILED = {
+    Verdict.NOT_OOM: "a probe failed{where}, and not for memory",
+    Verdict.AMBIGUOUS: "ambiguous death of a probe{where}",
+    Verdict.HOST_OOM: "a probe ran out of system RAM{where}",
+    Verdict.TIMEOUT: "timeout of a probe{where}",
+    Verdict.DEVICE_LOST: "the device was lost{where}",
+}
+_BEFORE_TRAINING = ("start", "import", "context", "build")
+
+
 def failure_line(trial: TrialRecord) -> str:
     """One line: what died, where, and what to do."""
-    failure, died_of = trial.report.failure, trial.report.signal
+    failure, judgement, words = trial.report.failure, trial.judgement, last_words(trial)
+    if failure and (failure.exception or "").endswith(".UnsupportedModel"):
+        return f"{words.partition(': ')[2].rstrip(' .')}. Change the setting or the model that this is about"
     where = f" in phase {failure.phase}" if failure else ""
-    said = (failure.message if failure else "").strip().splitlines()
-    name = f"{failure.exception.rsplit('.', 1)[-1]}: " if failure and failure.exception else ""
-    last = said[0] if said else (trial.report.log_tail.strip().splitlines() or ["no last words"])[-1]
-    if died_of is not None:
-        name, last = "", f"killed by {signal.Signals(died_of).name}"
-    settle = f"; what would settle it: {trial.judgement.settle}" if trial.judgement.settle else ""
-    return f"{trial.judgement.verdict}{where}: {name}{last[:400]}. {trial.judgement.action}{settle}"
+    what = _FAILED.get(judgement.verdict, str(judgement.verdict)).format(where=where)
+    parts = [f"{what}: {words.replace(where, '', 1)}", judgement.action]
+    if judgement.settle:
+        parts.append(f"What would settle it: {judgement.settle}")
+    if failure and failure.phase in _BEFORE_TRAINING:
+        parts.append("`autotune doctor` looks at this environment")
+    return ". ".join(part.rstrip(" .") for part in parts)
+
+
+def last_words(trial: TrialRecord) -> str:
+    """How a probe ended: its exception, its signal, what was judged, with the last line it printed."""
+    report, evidence = trial.report, trial.judgement.evidence
+    if report.failure is None:
+        return evidence[0] if evidence else f"exit code {report.exit_code}"
+    said = (report.failure.message.strip().splitlines() or [""])[0][:400]
+    if report.failure.exception:
+        return f"{report.failure.exception.rsplit('.', 1)[-1]}: {said}"
+    if said:
+        return said
+    end = evidence[0] if evidence else f"exit code {report.exit_code}"
+    if report.signal is not None:
+        end = f"killed by {next((one.name for one in signal.Signals if one == report.signal), report.signal)}"
+    printed = report.log_tail.strip().splitlines()
+    return f"{end}; it last printed: {printed[-1].strip()[:300]}" if printed else end
 
 
 def moves_taken(

@@ -163,6 +163,14 @@ def test_an_interrupted_fit_goes_on_without_running_a_recorded_trial_again(after
     assert scene.executor.probes == whole.executor.probes
 
 
+def test_a_proof_that_ran_out_of_memory_is_not_run_again() -> None:
+    full = Failure(phase="forward", exception="torch.OutOfMemoryError", message="CUDA out of memory.")
+    scene = Scene(executor=FakeExecutor(failure=lambda request: full if request.proof else None))
+    first, again = scene.fit(), scene.fit()
+    assert (first.status, again.status) == (FitStatus.NOTHING_FITS, FitStatus.NOTHING_FITS)
+    assert (len(first.trials), again.probes) == (len(again.trials), 0)
+
+
 def test_not_oom_stops_the_fit_with_the_real_error() -> None:
     failure = Failure(phase="forward", exception="ValueError", message="head_size must divide hidden_size")
     scene = Scene(executor=FakeExecutor(failure=lambda request: failure))

@@ -7,17 +7,29 @@ from typing import Any
 
 import click
 
+from autotune.cli.parameters import Number, Text, Whole
 from autotune.values import Attention, Isolation, Trainer, Upcast
 
-POSITIVE = click.IntRange(min=1)
+TEXT = Text()
+POSITIVE = Whole(1, 2**31 - 1)
+TOKENS = Whole(2, 2**31 - 1)  # of a sample with one token nothing is learned
+SAMPLES = Whole(1, 2**20)
+FRACTION = Number("a number from 0 to below 1", lambda number: 0 <= number < 1)
+EPOCHS = Number("a number above 0 and up to a million", lambda number: 0 < number <= 1e6)
 
 
 @click.command()
 @click.option(
-    "--gpu", default="auto", show_default=True, help='auto, cuda:N, cpu, a UUID or a name such as "RTX 4090".'
+    "--gpu",
+    type=TEXT,
+    default="auto",
+    show_default=True,
+    help='auto, cuda:N, cpu, a UUID or a name such as "RTX 4090".',
 )
 @click.option(
-    "--model", help="A public id, a folder, or a config.json.  [default: Llama-3-8B; on the CPU SmolLM2-135M]"
+    "--model",
+    type=TEXT,
+    help="A public id, a folder, or a config.json.  [default: Llama-3-8B; on the CPU SmolLM2-135M]",
 )
 @click.option(
     "--weights",
@@ -27,16 +39,18 @@ POSITIVE = click.IntRange(min=1)
     help="real: load them from the model's folder; memory and speed are the same.",
 )
 @click.option(
-    "--sequence-length", type=POSITIVE, help="Tokens of a sample; kept when stated.  [default: 2048; on the CPU 256]"
+    "--sequence-length", type=TOKENS, help="Tokens of a sample; kept when stated.  [default: 2048; on the CPU 256]"
 )
 @click.option(
-    "--min-sequence-length", type=POSITIVE, help="Consent to shorten the sequence, down to here, if nothing fits."
+    "--min-sequence-length", type=TOKENS, help="Consent to shorten the sequence, down to here, if nothing fits."
 )
 @click.option(
-    "--effective-batch-size", type=POSITIVE, help="Samples of an optimizer step; always kept.  [default: 16; CPU 8]"
+    "--effective-batch-size", type=SAMPLES, help="Samples of an optimizer step; always kept.  [default: 16; CPU 8]"
 )
-@click.option("--memory-limit", help="Of the whole card, e.g. 12GiB.  [default: all of it; on the CPU 1500MiB]")
-@click.option("--headroom", help="Kept free of the limit.  [default: 2 %, at least 256MiB; on the CPU 0]")
+@click.option(
+    "--memory-limit", type=TEXT, help="Of the whole card, e.g. 12GiB.  [default: all of it; on the CPU 1500MiB]"
+)
+@click.option("--headroom", type=TEXT, help="Kept free of the limit.  [default: 2 %, at least 256MiB; on the CPU 0]")
 @click.option(
     "--trainer",
     type=click.Choice([t.value for t in Trainer]),
@@ -54,19 +68,21 @@ POSITIVE = click.IntRange(min=1)
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Of matrix products and unquantised weights.  [default: bfloat16; float16 on GPUs before Ampere]",
 )
-@click.option("--optimizer", default="adamw_torch_fused", show_default=True, help="By transformers' name.")
+@click.option("--optimizer", type=TEXT, default="adamw_torch_fused", show_default=True, help="By transformers' name.")
 @click.option("--attention", type=click.Choice([a.value for a in Attention]), default="sdpa", show_default=True)
 @click.option("--lora-rank", type=POSITIVE, default=16, show_default=True)
 @click.option("--lora-alpha", type=POSITIVE, default=16, show_default=True)
-@click.option("--lora-dropout", type=float, default=0.0, show_default=True)
-@click.option("--target-modules", default="all-linear", show_default=True, help="all-linear, or names with commas.")
+@click.option("--lora-dropout", type=FRACTION, default=0.0, show_default=True)
+@click.option(
+    "--target-modules", type=TEXT, default="all-linear", show_default=True, help="all-linear, or names with commas."
+)
 @click.option("--allow", type=click.Choice(["near"]), help="near: moves that change the mathematics a little, too.")
 @click.option("--min-lora-rank", type=POSITIVE, help="Consent to a lower rank, down to here, if nothing fits.")
 @click.option("--allow-fewer-modules", is_flag=True, help="Consent to adapters on attention only, if nothing fits.")
 @click.option("--dataset", type=click.Path(path_type=Path), help="Count its samples, and say the hours training takes.")
 @click.option(
     "--epochs",
-    type=click.FloatRange(min=0, min_open=True),
+    type=EPOCHS,
     default=1.0,
     show_default=True,
     help="For the hours of --dataset.",
@@ -78,7 +94,7 @@ POSITIVE = click.IntRange(min=1)
     show_default=True,
     help="fresh: a new process for each probe. The winner is always proven in one.",
 )
-@click.option("--python", help="Interpreter of your trainer's environment.  [default: autotune's own]")
+@click.option("--python", type=TEXT, help="Interpreter of your trainer's environment.  [default: autotune's own]")
 @click.option("--max-probes", type=POSITIVE, help="Stop searching after so many.  [default: 24; on the CPU 10]")
 @click.option("--fresh", is_flag=True, help="Measure again, whatever the database holds.")
 @click.option("--no-prediction", is_flag=True, help="Probe what a prediction would skip (today nothing is skipped).")

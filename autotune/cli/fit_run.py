@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import os
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +19,12 @@ from typing import Any
 import click
 
 from autotune.dataset import DatasetFacts, describe_dataset
-from autotune.errors import GpuUnavailable, InvalidRequest, NothingFits
+from autotune.errors import GpuUnavailable, Interrupted, InvalidRequest, NothingFits, UsageError
 from autotune.fitfile import write_fit
+from autotune.hardware.environment import is_own_python, read_environment
 from autotune.hardware.readers import read_machine
-from autotune.hardware.select import check_memory_limit, default_headroom_bytes, select_device
-from autotune.hardware.sizes import format_bytes, parse_bytes
+from autotune.hardware.select import check_headroom, check_memory_limit, default_headroom_bytes, select_device
+from autotune.hardware.sizes import InvalidSize, format_bytes, parse_bytes
 from autotune.recommendation import closest_trial, fit_document, fit_file_document
 from autotune.tuner import Seams, fit, request_id
 from autotune.values import (
@@ -31,6 +34,7 @@ from autotune.values import (
     TRAINER_UPCAST,
     Attention,
     Device,
+    Environment,
     FitRequest,
     FitStatus,
     Isolation,
@@ -40,7 +44,7 @@ from autotune.values import (
     TrainingConfig,
     Upcast,
 )
-from autotune.workload.models import check_sequence_length, resolve_model
+from autotune.workload.models import check_optimizer, check_sequence_length, resolve_model
 from gpu_db.store import open_store
 from strategies import LADDER
 
@@ -78,11 +82,11 @@ def defaults_for(device: Device) -> Defaults:
 
 def run(options: dict[str, Any]) -> None:
     """Fit and print. Raises `AutotuneError`; `NothingFits` after the result is printed."""
-    with stop_flag() as stopped:
-        dataset = describe_dataset(options["dataset"]) if options["dataset"] else None
-        _check_output(options["output"], force=options["force"])
-        device = choose_device(options["gpu"], options["python"])
-        request, headroom = build_request(options, device)
+    dataset = describe_dataset(options["dataset"]) if options["dataset"] else None
+    _check_output(options["output"], force=options["force"])
+    device = choose_device(options["gpu"], options["python"])
+    request, headroom = build_request(options, device)
+    with stop_flag() as stopped:  # until here a signal ends the command at once: nothing is measured yet
         result = _fit(request, device, headroom, options, stopped)
     _report(result, dataset, options)
 
@@ -101,16 +105,15 @@ def choose_device(wanted: str, python: str | None) -> Device:
 
 
 def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, int]:
-    """The request and its headroom in bytes. Raises `InvalidRequest`."""
+    """The request and its headroom in bytes. Raises `InvalidRequest`, `UsageError`."""
     defaults = defaults_for(device)
     model = resolve_model(options["model"] or defaults.model, weights=options["weights"], say=say)
-    limit = parse_bytes(options["memory_limit"]) if options["memory_limit"] else defaults.memory_limit_bytes
+    limit = _stated_bytes(options, "memory_limit") or defaults.memory_limit_bytes
     if limit is not None:
         check_memory_limit(limit, device)
-    headroom = parse_bytes(options["headroom"]) if options["headroom"] else default_headroom_bytes(device)
-    room = limit if limit is not None else device.total_bytes
-    if room is not None and headroom >= room:
-        raise InvalidRequest(f"--headroom {format_bytes(headroom)} leaves nothing of {format_bytes(room)}: give less")
+    stated = _stated_bytes(options, "headroom", smallest=0)
+    headroom = default_headroom_bytes(device) if stated is None else stated
+    check_headroom(headroom, limit, device)
     start = start_config(options, model, defaults, device)
     try:
         return FitRequest(
@@ -125,18 +128,30 @@ def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, 
             isolation=Isolation(options["isolation"]),
         ), headroom
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise UsageError(str(error)) from error
+
+
+def _stated_bytes(options: dict[str, Any], name: str, *, smallest: int = 1) -> int | None:
+    """A size as stated, in bytes; None where it is not. Raises `InvalidSize`, naming the option."""
+    if options[name] is None:
+        return None
+    try:
+        return parse_bytes(options[name], smallest=smallest)
+    except InvalidSize as error:
+        raise InvalidSize(f"--{name.replace('_', '-')}: {error}") from error
 
 
 def start_config(options: dict[str, Any], model: ModelSource, defaults: Defaults, device: Device) -> TrainingConfig:
-    """What was asked, as one micro batch of the whole effective batch. Raises `InvalidRequest`."""
+    """What was asked, as one micro batch of the whole effective batch. Raises `InvalidRequest`, `UsageError`."""
     length = options["sequence_length"]
     if length is not None:
         check_sequence_length(model, length)
     else:
-        length = min(defaults.sequence_length, model.max_positions or defaults.sequence_length)
-        length = max(length, options["min_sequence_length"] or 0)
-        check_sequence_length(model, length)
+        shortest = options["min_sequence_length"] or 0
+        check_sequence_length(model, shortest, option="--min-sequence-length")
+        length = max(shortest, min(defaults.sequence_length, model.max_positions or defaults.sequence_length))
+    if is_own_python(options["python"]):
+        check_optimizer(options["optimizer"])
     trainer = Trainer(options["trainer"])
     try:
         return TrainingConfig(
@@ -155,7 +170,7 @@ def start_config(options: dict[str, Any], model: ModelSource, defaults: Defaults
             trainer=trainer,
         )
     except ValueError as error:
-        raise InvalidRequest(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def default_compute_dtype(device: Device) -> str:
@@ -168,12 +183,12 @@ def _fit(
     request: FitRequest, device: Device, headroom: int, options: dict[str, Any], stopped: Callable[[], bool]
 ) -> Recommendation:
     from autotune.cli.progress import FitProgress
-    from autotune.hardware.environment import read_environment
     from autotune.probe.executor import SubprocessExecutor
     from autotune.verdict.machine import MachineJudge
 
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = read_environment(options["python"], device, threads if device.kind == "cpu" else None)
+    check_environment(environment, device, options["python"])
     with open_store(None, device) as store, FitProgress(device, request) as progress:
         store.add_request(request_id(request, headroom), request)
         executor = SubprocessExecutor(
@@ -207,6 +222,25 @@ def _fit(
             executor.close()
 
 
+def check_environment(environment: Environment, device: Device, python: str | None) -> None:
+    """Before a worker is started: raises `InvalidRequest` for missing packages, `GpuUnavailable` for another torch."""
+    missing = [name for name in _NEEDED if getattr(environment, name) is None]
+    if missing:
+        raise InvalidRequest(
+            f"{python or sys.executable} has no {', '.join(missing)}: install what is missing there"
+            f" (pip install {' '.join(missing)}), or give --python the interpreter of your trainer's environment"
+        )
+    build = (environment.torch or "").partition("+")[2]
+    if device.kind == "cuda" and build.startswith(("cpu", "rocm", "xpu")):
+        raise GpuUnavailable(
+            f"torch {environment.torch} is not built for CUDA and cannot use {device.name}: install a CUDA build"
+            " (`autotune doctor` says how), give --python an environment that has one, or rehearse with --gpu cpu"
+        )
+
+
+_NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
 def watcher(device: Device) -> Callable[[], Device | None]:
     """A reading of this card now: NVML's; elsewhere nothing is read."""
     if device.kind != "cuda":
@@ -224,7 +258,6 @@ def optional_packages(python: str | None) -> frozenset[str]:
     """Which of the packages that widen the search the workers' interpreter has."""
     from autotune.hardware.ask import ask
     from autotune.hardware.ask_versions import installed_versions
-    from autotune.hardware.environment import is_own_python
 
     names = {"flash-attn": "flash_attn", "liger-kernel": "liger_kernel"}
     versions = (
@@ -235,16 +268,20 @@ def optional_packages(python: str | None) -> frozenset[str]:
 
 @contextmanager
 def stop_flag() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM set a flag that the flow asks; whatever is measured by then is kept."""
+    """SIGINT and SIGTERM set a flag that the flow asks; whatever is measured by then is kept.
+
+    Once one came, later ones are ignored, on the way out too.
+    """
     seen: list[int] = []
-    before = {number: signal.signal(number, lambda got, frame: seen.append(got)) for number in _STOPPING}
+    handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup sets it
+    before = {number: signal.signal(number, lambda got, frame: seen.append(got)) for number in handled}
     try:
         yield lambda: bool(seen)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if seen else handler)
     if seen:
-        raise KeyboardInterrupt
+        raise Interrupted("interrupted; what was measured is kept")
 
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -254,14 +291,30 @@ def _check_output(path: Path | None, *, force: bool) -> None:
     """Before minutes of probing, not after."""
     if path is None:
         return
-    if path.exists() and not force:
-        raise InvalidRequest(f"{path} exists: give --force to overwrite it, or another --output")
-    if not path.parent.is_dir():
-        raise InvalidRequest(f"{path.parent} is no folder: make it first, or give another --output")
+    try:
+        if path.is_dir():
+            raise InvalidRequest(f"--output {path} is a folder: give the name of a file")
+        if path.exists() and not force:
+            raise InvalidRequest(f"{path} exists: give --force to overwrite it, or another --output")
+        if not path.parent.is_dir():
+            raise InvalidRequest(f"{path.parent} is no folder: make it first, or give another --output")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written ({error.strerror}): give another --output") from error
 
 
 def _report(result: Recommendation, dataset: DatasetFacts | None, options: dict[str, Any]) -> None:
-    """The result to stdout, the file where asked. Raises `NothingFits`."""
+    """The file where asked, the result to stdout. Raises `NothingFits`."""
+    try:
+        if options["output"] and result.status is FitStatus.FITTED:
+            _write(result, options["output"], force=options["force"])
+    finally:  # a result that cannot be written is shown; one that cannot be shown is written
+        _print(result, dataset, options)
+    if result.status is not FitStatus.FITTED:
+        raise NothingFits(nothing_fits_line(result), closest=closest_trial(result))
+
+
+def _print(result: Recommendation, dataset: DatasetFacts | None, options: dict[str, Any]) -> None:
     from autotune.cli.fit_text import print_fit, time_of_training
 
     training = time_of_training(result, dataset, options["epochs"])
@@ -272,14 +325,14 @@ def _report(result: Recommendation, dataset: DatasetFacts | None, options: dict[
         click.echo(json.dumps(document, indent=2, allow_nan=False))
     else:
         print_fit(result, training)
-    if result.status is not FitStatus.FITTED:
-        raise NothingFits(nothing_fits_line(result), closest=closest_trial(result))
-    if options["output"]:
-        document = fit_file_document(result)
-        document["autotune"] = importlib.metadata.version("autotune-qlora") if _packaged() else None
-        write_fit(options["output"], document, force=options["force"])
-        trainer = "trl" if result.request.start.trainer is Trainer.TRL else "transformers"
-        say(f"Written to {options['output']}. Next: autotune export {options['output']} --to {trainer}")
+
+
+def _write(result: Recommendation, path: Path, *, force: bool) -> None:
+    document = fit_file_document(result)
+    document["autotune"] = importlib.metadata.version("autotune-qlora") if _packaged() else None
+    write_fit(path, document, force=force)
+    trainer = "trl" if result.request.start.trainer is Trainer.TRL else "transformers"
+    say(f"Written to {path}. Next: autotune export {path} --to {trainer}")
 
 
 def _packaged() -> bool:
@@ -299,15 +352,17 @@ def nothing_fits_line(result: Recommendation) -> str:
             f"; closest: sequence length {closest.config.sequence_length}, micro batch"
             f" {closest.config.micro_batch_size}, checkpointing {closest.config.gradient_checkpointing}"
         )
-    ways = []
-    if request.min_sequence_length is None and request.sequence_length_stated:
-        ways.append(f"--min-sequence-length {max(1, request.start.sequence_length // 2)}")
-    if request.min_lora_rank is None:
+    start, ways = request.start, []
+    if request.min_sequence_length is None and request.sequence_length_stated and start.sequence_length >= 4:
+        ways.append(f"--min-sequence-length {start.sequence_length // 2}")
+    if request.min_lora_rank is None and start.lora_rank > 4:
         ways.append("--min-lora-rank 4")
     if not request.allow_near:
         ways.append("--allow near")
     ways.append("a smaller --model or a larger --memory-limit")
-    return f"nothing fits{near}. Try {', '.join(ways)}"
+    known = " (known from the database, nothing was run; --fresh measures again)" if result.from_database else ""
+    why = result.notes[-1] if result.notes else "nothing fits"
+    return f"{why if why.startswith('nothing fits') else f'nothing fits: {why}'}{known}{near}. Try {', '.join(ways)}"
 
 
 def say(line: str) -> None:

@@ -65,6 +65,16 @@ def check_memory_limit(limit_bytes: int, device: Device) -> None:
         )
 
 
+def check_headroom(headroom_bytes: int, limit_bytes: int | None, device: Device) -> None:
+    """Raises InvalidRequest where less than a probe can use is left of the limit (None: the device's memory)."""
+    room = limit_bytes if limit_bytes is not None else device.total_bytes
+    if room is not None and room - headroom_bytes < MIN_LIMIT_BYTES:
+        raise InvalidRequest(
+            f"--headroom {format_bytes(headroom_bytes)} leaves less than {format_bytes(MIN_LIMIT_BYTES)} of"
+            f" {format_bytes(room)}, the least that a probe can use: give less, or a larger --memory-limit"
+        )
+
+
 def _auto(devices: Sequence[Device]) -> tuple[Device, str]:
     gpus = usable(devices)
     if gpus:
@@ -109,8 +119,7 @@ def _by_name(wanted: str, devices: Sequence[Device]) -> tuple[Device, str | None
     found = [device for device in found if device.mig != "enabled"] or found  # slices before their card
     if not found:
         raise GpuUnavailable(
-            f'"{wanted}" is not in this machine; `autotune gpus` lists what is, and `autotune estimate` answers for'
-            " cards that are not here"
+            f'"{wanted}" is not in this machine: fit runs on a card that is here; `autotune gpus` lists what is'
         )
     candidates = _plain(words, found)
     if not candidates:

@@ -14,18 +14,18 @@ _UNITS = {
     **{f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)},
     **{f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", start=1)},
 }
-_WITH_UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE | re.ASCII)
-_BYTES = re.compile(r"\d+", re.ASCII)
+_WITH_UNIT = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]+)", re.IGNORECASE | re.ASCII)
+_BYTES = re.compile(r"\d{1,30}", re.ASCII)  # Python refuses to read numbers of thousands of digits
 
 
 class InvalidSize(InvalidRequest, UsageError):
     """A size that cannot be read; on the command line it exits as any wrong option value does (2)."""
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, *, smallest: int = 1) -> int:
     """Whole bytes of "12GiB", "12G" (binary), "12 GB" (decimal), "1.5GiB", "1500MiB" or plain integer bytes.
 
-    Raises InvalidSize for anything else, and for less than one byte.
+    Raises InvalidSize for anything else, and for less than `smallest` bytes.
     """
     stripped = text.strip()
     size: Fraction | None = None
@@ -33,10 +33,10 @@ def parse_bytes(text: str) -> int:
         size = Fraction(stripped)
     elif (match := _WITH_UNIT.fullmatch(stripped)) and match[2].lower() in _UNITS:
         size = Fraction(match[1]) * _UNITS[match[2].lower()]
-    if size is None or size < 1:
+    if size is None or size < smallest:
         raise InvalidSize(
             f'"{text}" is not a memory size: write it like 12GiB, 1500MiB, 1.5GiB, 12G (binary), '
-            "12GB (decimal) or as whole bytes, above 0"
+            f"12GB (decimal) or as whole bytes{', above 0' if smallest else ''}"
         )
     return int(size)
 

@@ -73,8 +73,11 @@ def build_space(request: FitRequest, device: Device, *, installed: Collection[st
     packages, wanted = frozenset(installed), request.start
     settings: dict[str, tuple[Any, ...]] = {}
     excluded: list[tuple[str, str]] = []
-    for name, values in _alternatives(wanted, device).items():
-        reasons = {value: _unrunnable(request, device, packages, with_setting(wanted, name, value)) for value in values}
+    alternatives = _alternatives(wanted, device)
+    defaults: dict[str, Any] = {name: _DEFAULTS[name] for name in alternatives}
+    plain = replace(wanted, **defaults)  # so that what cannot run is left out alone
+    for name, values in alternatives.items():
+        reasons = {value: _unrunnable(request, device, packages, with_setting(plain, name, value)) for value in values}
         legal = tuple(value for value, reason in reasons.items() if reason is None)
         excluded += [(f"{name}={value}", reason) for value, reason in reasons.items() if reason is not None]
         settings[name] = legal or (_DEFAULTS[name],)

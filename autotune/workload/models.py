@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from autotune.errors import InvalidRequest
+from autotune.errors import InvalidRequest, UsageError
 from autotune.values import ModelSource
 
 MAX_CONFIG_BYTES = 10_000_000  # the largest real config.json files (label maps) are under 1 MB
@@ -102,14 +102,25 @@ def resolve_model(
     return ModelSource(name=entry.id, config=copy.deepcopy(entry.config))
 
 
-def check_sequence_length(source: ModelSource, n: int) -> None:
-    """Raises `InvalidRequest` if `n` tokens are more than the model's config allows."""
+def check_sequence_length(source: ModelSource, n: int, *, option: str = "--sequence-length") -> None:
+    """Raises `InvalidRequest`, naming the `option` that said so, if `n` tokens are more than the config allows."""
     limit = source.max_positions
     if limit is not None and n > limit:
         raise InvalidRequest(
             f"sequence length {n:,} is above the {limit:,} positions of {shown(source.name)}:"
-            f" give --sequence-length {limit} or less"
+            f" give {option} {limit} or less"
         )
+
+
+def check_optimizer(name: str) -> None:
+    """Raises `UsageError` for a name that transformers' `TrainingArguments.optim` does not know."""
+    known = _optimizers()
+    if known and name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        which = (
+            f"the nearest are {', '.join(near)}" if near else "the usual ones are adamw_torch_fused, adamw_8bit, sgd"
+        )
+        raise UsageError(f"--optimizer {shown(name)} is not known to transformers {_version()}: {which}")
 
 
 def shown(name: str) -> str:
@@ -419,16 +430,21 @@ def _check_architecture(config: dict[str, Any], name: str, tell: Callable[[str],
         tell(f"{name} is multimodal: its text tower alone is used (text_config)")
 
 
-@functools.cache
 def _auto_text(file: str) -> str:
-    """A file of transformers.models.auto; "" where there is none, and then nothing is refused on its account."""
+    """A file of transformers.models.auto."""
+    return _transformers_text(f"models/auto/{file}")
+
+
+@functools.cache
+def _transformers_text(file: str) -> str:
+    """A file of transformers; "" where there is none, and then nothing is refused on its account."""
     try:
         spec = importlib.util.find_spec("transformers")
     except ValueError:
         return ""
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         try:
-            return Path(folder, "models", "auto", file).read_text(encoding="utf-8")
+            return Path(folder, file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
     return ""
@@ -439,6 +455,13 @@ def _mapped(mapping: str) -> frozenset[str]:
     """The model types in one of transformers' auto mappings; empty where its layout is not the one known."""
     block = re.search(rf"^{mapping}\b.*?^\)", _auto_text("modeling_auto.py"), re.MULTILINE | re.DOTALL)
     return frozenset(re.findall(r'\(\s*"([^"]+)",', block.group(0))) if block else frozenset()
+
+
+@functools.cache
+def _optimizers() -> frozenset[str]:
+    """The values of transformers' `OptimizerNames`; empty where its layout is not the one known."""
+    block = re.search(r"^class OptimizerNames\b.*?^(?=\S)", _transformers_text("training_args.py"), re.M | re.S)
+    return frozenset(re.findall(r'^    [A-Z0-9_]+ = "([^"]+)"', block.group(0), re.MULTILINE)) if block else frozenset()
 
 
 def _version() -> str:
