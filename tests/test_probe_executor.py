@@ -153,6 +153,14 @@ def test_a_worker_killed_from_outside_is_reported_with_its_signal(tmp_path: Path
     assert report.failure is not None
 
 
+def test_a_worker_that_dies_before_it_is_asked_is_reported(tmp_path: Path) -> None:
+    said = '{"event": "phase", "name": "import"}\\n{"event": "ready"}\\n'
+    python = an_interpreter(tmp_path, f"channel.sendall(b'{said}')")
+    executor = SubprocessExecutor(ENVIRONMENT, python=python, progress=lambda phase: time.sleep(0.5))
+    report = executor.probe(a_probe(), fresh=True)
+    assert (report.exit_code, report.failure is not None) == (0, True)
+
+
 @pytest.mark.parametrize("beats", [False, True])
 def test_a_worker_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, beats: bool) -> None:
     python = an_interpreter(

@@ -55,9 +55,10 @@ def build_base(source: ModelSource, config: TrainingConfig, device: torch.device
         parameters = sum(parameter.numel() for parameter in model.parameters())
         if quantised:
             _replace_linears(model, source.name, config)
-            _quantise_weights(model, device)
         if device.type != "meta":
             _materialise(model, device)
+        if quantised:
+            _quantise_weights(model, device)
         model.is_loaded_in_4bit = quantised
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -157,11 +158,15 @@ def _linears(model: Any) -> list[Any]:
 
 
 def _materialise(model: Any, device: torch.device) -> None:
-    """Give every meta tensor real memory on `device`, then let each class initialise itself."""
+    """Give every meta tensor real memory on `device`, then let each class initialise itself.
+
+    Weights to be quantised stay on meta: there, what GPT-2's or Mamba's classes do to them does nothing.
+    """
     made: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    quantised = {id(module) for module in _linears(model)}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
-            if parameter is None or parameter.device.type != "meta":
+            if parameter is None or parameter.device.type != "meta" or (id(module) in quantised and name == "weight"):
                 continue
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
@@ -169,7 +174,6 @@ def _materialise(model: Any, device: torch.device) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.device.type == "meta":
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
-    quantised = {id(module) for module in _linears(model)}
     with torch.no_grad():
         for name, module in list(model.named_modules()):
             if id(module) not in quantised:
