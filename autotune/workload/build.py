@@ -87,6 +87,10 @@ def _skeleton(source: ModelSource, config: TrainingConfig) -> Any:
                 attn_implementation=config.attention.value,
             )
     except (ImportError, *_REFUSALS) as error:
+        if "does not support an attention implementation" in str(error):
+            raise UnsupportedModel(
+                f"transformers has no attention {config.attention.value} for {source.name}: give --attention eager"
+            ) from error
         raise UnsupportedModel(f"transformers cannot build {source.name}: {_first_line(error)}") from error
 
 
