@@ -7,7 +7,7 @@ import hashlib
 import json
 import signal
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -156,12 +156,26 @@ class _Fit:
         notes = [*left_out(space), outcome.stopped]
         if outcome.ties:
             notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
-        for candidate in outcome.ranked[:MAX_PROOFS]:
+        for candidate in self.provable(outcome.ranked):
             proof = self.proof_of(candidate.config)
             if proof.judgement.verdict is Verdict.FITS:
                 return self.recommend(proof, notes=(*notes, *slower_than_probed(proof, candidate)))
-            notes.append(f"the fastest probe did not stand its proof ({proof.judgement.verdict}): the next was proven")
+            notes.append(f"a faster config fitted as a probe and failed its proof ({proof.judgement.verdict})")
         return self.recommend(None, notes=tuple(notes), from_database=self.probes == 0)
+
+    def provable(self, ranked: Sequence[Observation]) -> Iterator[Observation]:
+        """Candidates for a proof, fastest first; after one that ran out of memory only those that took less."""
+        proven = 0
+        smallest: int | None = None
+        for candidate in ranked:
+            if smallest is not None and (candidate.peak_bytes is None or candidate.peak_bytes >= smallest):
+                continue
+            if proven == MAX_PROOFS:
+                return
+            proven += 1
+            yield candidate
+            if self.trials[-1].judgement.verdict in _OUT_OF_MEMORY:
+                smallest = candidate.peak_bytes
 
     def proof_of(self, config: TrainingConfig) -> TrialRecord:
         """The proof on record that failed or held in this environment, or a new one."""
@@ -184,6 +198,8 @@ class _Fit:
         if trial.judgement.verdict is Verdict.INTERRUPTED:
             raise Interrupted("a probe was interrupted; everything measured is kept")
         unproven = proof and trial.judgement.verdict is Verdict.AMBIGUOUS  # the next best may stand its proof
+        if self.is_unsupported_variation(trial):
+            return trial
         if trial.judgement.verdict not in (Verdict.FITS, *_OUT_OF_MEMORY) and not unproven:
             raise ProbeFailed(
                 failure_line(trial),
@@ -191,6 +207,12 @@ class _Fit:
                 stderr_tail=trial.report.log_tail,
             )
         return trial
+
+    def is_unsupported_variation(self, trial: TrialRecord) -> bool:
+        """A setting that this model or library does not have, where others ran: not legal, and no reason to stop."""
+        failure = trial.report.failure
+        unsupported = failure is not None and (failure.exception or "").endswith(".UnsupportedModel")
+        return unsupported and any(t.judgement.verdict in (Verdict.FITS, *_OUT_OF_MEMORY) for t in self.trials)
 
     def _trial(self, config: TrainingConfig, *, proof: bool, fresh: bool, moves: tuple[str, ...]) -> TrialRecord:
         request = self.probe_request(config, proof=proof)

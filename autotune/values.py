@@ -209,9 +209,10 @@ class ModelSource:
         """Longest sequence that the config allows, in tokens; None where it does not say."""
         text = self.config.get("text_config")
         for source in (self.config, text if isinstance(text, dict) else {}):
-            value = source.get("max_position_embeddings")
-            if isinstance(value, int) and value > 0:
-                return value
+            for name in ("max_position_embeddings", "n_positions", "max_seq_len"):  # GPT-2's and MPT's names too
+                value = source.get(name)
+                if isinstance(value, int) and value > 0:
+                    return value
         return None
 
 

@@ -161,6 +161,14 @@ def test_a_worker_that_dies_before_it_is_asked_is_reported(tmp_path: Path) -> No
     assert (report.exit_code, report.failure is not None) == (0, True)
 
 
+@pytest.mark.parametrize("line", ["no json", '{"event": "report"}', '{"nothing": 1}'])
+def test_a_worker_that_talks_nonsense_is_ended_and_reported(tmp_path: Path, line: str) -> None:
+    python = an_interpreter(tmp_path, f"channel.sendall({line!r}.encode() + b'\\n')\ntime.sleep(60)")
+    report = SubprocessExecutor(ENVIRONMENT, python=python).probe(a_probe(), fresh=True)
+    assert report.failure is not None
+    assert "channel" in report.failure.message
+
+
 @pytest.mark.parametrize("beats", [False, True])
 def test_a_worker_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path, beats: bool) -> None:
     python = an_interpreter(

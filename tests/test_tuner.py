@@ -256,3 +256,33 @@ def test_outlook_names_what_is_next() -> None:
     assert beyond is not None
     assert "micro batch" in beyond.faster or "more memory would not help" in beyond.faster
     assert headroom_bytes(result) is not None
+
+
+def test_a_variation_that_the_model_does_not_have_is_passed_over() -> None:
+    unsupported = Failure(
+        phase="prepare", exception="autotune.workload.build.UnsupportedModel", message="attention sdpa: stays eager"
+    )
+
+    def refuses_full(request: ProbeRequest) -> Failure | None:
+        return unsupported if request.config.gradient_checkpointing == "full" else None
+
+    result = Scene(executor=FakeExecutor(failure=refuses_full)).fit()
+    assert result.status is FitStatus.FITTED
+    assert result.proof is not None
+    assert result.proof.config.gradient_checkpointing != "full"
+
+
+def test_after_a_proof_out_of_memory_only_smaller_configs_are_proven() -> None:
+    def tight_proof(request: ProbeRequest) -> Failure | None:
+        if request.proof and Law().peak_bytes(request.config) > 700 * MIB:
+            return Failure(
+                phase="evaluate", exception="RuntimeError", message="DefaultCPUAllocator: can't allocate memory"
+            )
+        return None
+
+    scene = Scene(executor=FakeExecutor(failure=tight_proof))
+    result = scene.fit()
+    peaks = [Law().peak_bytes(request.config) for request in scene.executor.requests if request.proof]
+    assert peaks == sorted(peaks, reverse=True)
+    assert result.proof is not None
+    assert peaks[-1] <= 700 * MIB

@@ -150,6 +150,7 @@ def test_chunked_loss_is_the_full_loss(tmp_path: Any) -> None:
     [
         ({"optimizer": "no_such_optimizer"}, "no_such_optimizer"),
         ({"target_modules": ("no_such",)}, "no_such"),
+        ({"target_modules": ("q_proj", "no_such")}, "no module no_such"),
         ({"loss": "liger"}, "needs a GPU"),
         ({"attention": "flash_attention_2"}, "flash_attention_2|[Ff]lash"),
     ],

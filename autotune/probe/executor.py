@@ -229,8 +229,11 @@ class _Run:
             selector.register(self.worker.channel, selectors.EVENT_READ)
             while True:
                 for _ in selector.select(_POLL_S):
-                    messages, closed = self.worker.channel.lines()
-                    over = [self._hear(message) for message in messages]  # every one is heard
+                    try:
+                        messages, closed = self.worker.channel.lines()
+                        over = [self._hear(message) for message in messages]  # every one is heard
+                    except (ValueError, KeyError, TypeError) as error:
+                        return self._broken(error)
                     if True in over:
                         return self._finished()
                     if closed:
@@ -310,6 +313,15 @@ class _Run:
         report = self.partial or ProbeReport(failure=Failure(phase=self.phase))
         killed_by = -status if status < 0 else None
         return self._complete(report, exit_code=status if status >= 0 else None, killed_by=killed_by)
+
+    def _broken(self, error: Exception) -> ProbeReport:
+        """What came over the channel is not what a worker says: it is ended."""
+        message = f"the worker's channel carried something else than reports ({error})"
+        complete = self._complete(
+            ProbeReport(failure=Failure(phase=self.phase, message=message)), exit_code=None, killed_by=None
+        )
+        end_tree(self.worker.process.pid)
+        return complete
 
     def _timed_out(self) -> ProbeReport:
         silent = time.monotonic() - self._last_sign

@@ -18,6 +18,8 @@ _ROOMY_BYTES = 2 * GIB
 _ROOMY_FRACTION = 0.2
 _SLACK_BYTES = 2 * MIB  # one small segment of the caching allocator
 
+_BEFORE_LIMIT = ("start", "import")
+
 _SIGINT, _SIGBUS, _SIGKILL, _SIGTERM = 2, 7, 9, 15
 _CRASHES = {4: "SIGILL", 6: "SIGABRT", 7: "SIGBUS", 8: "SIGFPE", 11: "SIGSEGV"}
 _CHAIN = "\n\nDuring handling of the above exception, another exception occurred:\n\n"
@@ -290,6 +292,8 @@ def _at_cpu_limit(facts: _Facts, judged: Judgement) -> Judgement:
     """On a CPU target the process's memory is the device's."""
     if facts.limit is None and judged.verdict is Verdict.AMBIGUOUS:
         return judged
+    if facts.report.failure is not None and facts.report.failure.phase in _BEFORE_LIMIT:
+        return judged  # the limit is set after the imports: what failed in them is the machine's memory
     held = f"under a limit of {gib(facts.limit)}" if facts.limit is not None else "with no limit but the machine's"
     return replace(
         judged,

@@ -20,6 +20,8 @@ def add_adapters(model: Any, config: TrainingConfig) -> Any:
 
     upcast_parameters(model, config)
     targets = list(config.target_modules)
+    if targets != ["all-linear"]:
+        _check_targets(model, targets)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -35,6 +37,14 @@ def add_adapters(model: Any, config: TrainingConfig) -> Any:
     for parameter in trainable(wrapped):
         parameter.data = parameter.data.to(getattr(torch, config.adapter_dtype))
     return wrapped
+
+
+def _check_targets(model: Any, targets: list[str]) -> None:
+    """peft refuses names only where none of them is found, and leaves out the others without a word."""
+    names = [name for name, _ in model.named_modules()]
+    missing = [one for one in targets if not any(name == one or name.endswith(f".{one}") for name in names)]
+    if missing:
+        raise UnsupportedModel(f"LoRA does not apply: the model has no module {', '.join(missing)}")
 
 
 def upcast_parameters(model: Any, config: TrainingConfig) -> None:
@@ -90,6 +100,10 @@ def set_attention(model: Any, attention: Attention) -> None:
         model.set_attn_implementation(attention.value)
     except (ValueError, ImportError) as error:
         raise UnsupportedModel(f"attention {attention.value}: {str(error).splitlines()[0][:300]}") from error
+    if model.config._attn_implementation != attention.value:
+        raise UnsupportedModel(
+            f"attention {attention.value}: this architecture stays {model.config._attn_implementation}"
+        )
 
 
 def make_optimizer(model: Any, config: TrainingConfig, device: torch.device, folder: str) -> torch.optim.Optimizer:
