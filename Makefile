@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 # Without this, torch's and bitsandbytes' thread pools can spin against each other on a loaded machine (docs/log.md).
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: fit test check lint gpu-fit probe-cost clean
+.PHONY: fit test check lint gpu-fit probe-cost kill-fit clean
 
 fit: $(VENV)/.installed
 	$(BIN)/autotune fit --gpu $(GPU)
@@ -29,6 +29,9 @@ gpu-fit: $(VENV)/.installed
 
 probe-cost: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.probe_cost --output $(RESULTS)
+
+kill-fit: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.kill_fit --output $(RESULTS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
