@@ -475,7 +475,8 @@ class Recommendation:
 def to_json(value: Any) -> Any:
     """A value of this module as plain JSON data: enums as text, tuples as lists, unknown and not finite as null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        data = {item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {**data, "config": value.config} if isinstance(value, ModelSource) else data  # a file's own numbers stay
     if isinstance(value, StrEnum):
         return value.value
     if isinstance(value, dict):
