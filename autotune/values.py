@@ -277,7 +277,6 @@ class FitRequest:
     min_lora_rank: int | None = None  # consent to a lower rank
     allow_fewer_modules: bool = False  # consent to fewer target modules
     memory_limit_bytes: int | None = None  # None: the whole card
-    headroom_bytes: int | None = None  # None: the device's default
     isolation: Isolation = Isolation.WARM
 
     def __post_init__(self) -> None:
