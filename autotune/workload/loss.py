@@ -32,7 +32,15 @@ def prepare_loss(model: Any, config: TrainingConfig) -> LossFunction:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model.get_base_model())
-    return model_loss
+    return loop_loss if config.trainer is Trainer.LOOP else model_loss
+
+
+def loop_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:
+    """As a plain loop's `outputs = model(**batch); outputs.loss.backward()`: the logits live as long as the loss."""
+    outputs = model(**batch)
+    loss: torch.Tensor = outputs["loss"]
+    loss.logits = outputs.get("logits")  # type: ignore[attr-defined]  # not the outputs: they hold the loss
+    return loss
 
 
 def model_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,19 @@ class TrainingStep:
     """A model ready to train on random tokens of full length, in the way of `config.trainer`.
 
     Takes `base` over: `close` gives it back without adapters. Raises what torch raises when memory ends, and
-    `UnsupportedModel` for a config that cannot run here.
+    `UnsupportedModel` for a config that cannot run here. `autocast` stands in for `torch.autocast` where torch has
+    none (meta).
     """
 
-    def __init__(self, base: BaseModel, config: TrainingConfig, *, folder: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        config: TrainingConfig,
+        *,
+        folder: str,
+        seed: int = 0,
+        autocast: Callable[[torch.dtype], Any] | None = None,
+    ) -> None:
         self.config = config
         self.device = base.device
         self.vocab_size = int(base.model.config.get_text_config().vocab_size)
@@ -37,9 +46,9 @@ class TrainingStep:
         self.trainable = prepare.trainable(self.model)
         self.optimizer_steps = 0
         self.skipped_steps = 0
-        self._scaler = (
-            torch.amp.GradScaler(self.device.type) if config.autocast and config.compute_dtype == "float16" else None
-        )
+        scales = config.autocast and config.compute_dtype == "float16" and self.device.type != "meta"
+        self._scaler = torch.amp.GradScaler(self.device.type) if scales else None
+        self._autocast_for = autocast
         self._autocasts = config.autocast and config.compute_dtype != "float32"
         if self._autocasts:
             self._wrap_forward()
@@ -56,7 +65,8 @@ class TrainingStep:
     def _autocast(self) -> Any:
         if not self._autocasts:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.compute_dtype))
+        dtype = getattr(torch, self.config.compute_dtype)
+        return self._autocast_for(dtype) if self._autocast_for else torch.autocast(self.device.type, dtype=dtype)
 
     def batches(self, count: int, *, micro_batch_size: int | None = None) -> list[Batch]:
         """`count` micro batches of random tokens, each (B, T) int64 three times, every token learned."""

@@ -1,0 +1,179 @@
+"""A trace to peak memory: the whole run's allocations through the allocator's simulator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from autotune.predict.allocator import CachingAllocator, OutOfMemory
+from autotune.predict.kernels import KernelSet
+from autotune.predict.trace import Expansion, Trace
+from autotune.values import AllocatorSetting, TrainingConfig
+
+ROUNDING = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryForecast:
+    """Predicted bytes of one config. `parts` are what lives at the peak and sum to `peak_allocated_bytes`."""
+
+    after_load_bytes: int
+    forward_peak_allocated_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    evaluation_peak_allocated_bytes: int
+    parts: dict[str, int] = field(default_factory=dict)
+    paged_bytes: int = 0
+
+
+def rounded(size: int) -> int:
+    """As the allocator counts a request."""
+    return max(ROUNDING, -(-size // ROUNDING) * ROUNDING)
+
+
+def forecast_memory(
+    trace: Trace, config: TrainingConfig, kernels: KernelSet, *, limit_bytes: int | None = None
+) -> MemoryForecast:
+    """Memory of a run with `config`, whose B and T belong to the trace's class: loading, two optimizer steps, an
+    evaluation. `limit_bytes`: what the allocator may reserve. Raises `OutOfMemory` where that is too little.
+
+    Source of the order: what a Trainer does; of the numbers: the trace.
+    """
+    return _Run(trace, config, kernels, limit_bytes).forecast()
+
+
+class _Run:
+    """One run in the simulator; `residents` says what lives besides the program at hand, by part."""
+
+    def __init__(self, trace: Trace, config: TrainingConfig, kernels: KernelSet, limit_bytes: int | None) -> None:
+        self.trace, self.config, self.kernels = trace, config, kernels
+        self.allocator = CachingAllocator(
+            limit_bytes=limit_bytes,
+            expandable_segments=config.allocator is AllocatorSetting.EXPANDABLE_SEGMENTS,
+        )
+        self.slot = 0
+        self.residents: Counter[str] = Counter()
+        self.peak = self.peak_reserved = self.forward_peak = self.program_peak = 0
+        self.peak_at: tuple[Expansion, int, Counter[str]] | None = None
+
+    def forecast(self) -> MemoryForecast:
+        self._load()
+        after_load = self.allocator.allocated_bytes
+        self._keep("library workspaces", 2 * [self.kernels.cublas_workspace_bytes])  # forward's thread, and backward's
+        batch, tokens = self.config.micro_batch_size, self.config.sequence_length
+        self._optimizer(0, self._program("first", batch, tokens))
+        gradients = self._program("first", batch, tokens)
+        forward_peak = self.forward_peak
+        if self.config.gradient_accumulation_steps > 1:
+            size = self._gradient_bytes(batch, tokens)
+            self.residents["gradients"] += size
+            self._program("next", batch, tokens)
+            self.residents["gradients"] -= size
+            forward_peak = max(forward_peak, self.forward_peak)
+        self._optimizer(1, gradients)
+        self._program("evaluate", self.config.eval_micro_batch_size or batch, tokens)
+        return MemoryForecast(
+            after_load_bytes=after_load,
+            forward_peak_allocated_bytes=forward_peak,
+            peak_allocated_bytes=self.peak,
+            peak_reserved_bytes=self.peak_reserved,
+            evaluation_peak_allocated_bytes=self.program_peak,
+            parts=self._parts_at_peak(),
+            paged_bytes=self.trace.paged_bytes,
+        )
+
+    def _replay(self, events: list[int]) -> None:
+        self.allocator.replay(events)
+        self.slot += sum(1 for event in events if event >= 0)
+
+    def _keep(self, part: str, sizes: list[int]) -> None:
+        sizes = [size for size in sizes if size]
+        self._replay(sizes)
+        self.residents[part] += sum(rounded(size) for size in sizes)
+
+    def _load(self) -> None:
+        """As from_pretrained does: one warm-up block, then tensor by tensor, quantised as they come; then dtypes."""
+        base = [r for r in self.trace.residents if r.part != "adapters"]
+        if self.kernels.kind == "cuda":
+            self._replay([sum(r.before_bytes or r.size_bytes for r in base), ~self.slot])
+        replaced: list[tuple[int, int]] = []  # (slot, final bytes)
+        for resident in base:
+            if resident.load_bytes:
+                self._replay([resident.load_bytes, resident.size_bytes, ~self.slot])
+            else:
+                if resident.before_bytes:
+                    replaced.append((self.slot, resident.size_bytes))
+                self._replay([resident.before_bytes or resident.size_bytes])
+            self.residents[resident.part] += rounded(resident.size_bytes)
+        for slot, size in replaced:
+            self._replay([size, ~slot])
+        self._keep("adapters", [r.size_bytes for r in self.trace.residents if r.part == "adapters"])
+        self.peak_reserved = self.allocator.peak_reserved_bytes
+
+    def _program(self, name: str, batch: int, tokens: int) -> list[int]:
+        """Run one program; gives the slots that outlive it."""
+        return self._run(self.trace.expand(name, batch, tokens, self.slot))
+
+    def _run(self, expansion: Expansion) -> list[int]:
+        allocator = self.allocator
+        self.forward_peak = self.program_peak = 0
+        for position, events in expansion.events():
+            allocator.reset_peaks()
+            allocator.replay(events)
+            peak = allocator.peak_allocated_bytes
+            self.peak_reserved = max(self.peak_reserved, allocator.peak_reserved_bytes)
+            self.program_peak = max(self.program_peak, peak)
+            if expansion.name_at(position) in _FORWARD:
+                self.forward_peak = max(self.forward_peak, peak)
+            if peak > self.peak:
+                self.peak = peak
+                self.peak_at = (expansion, position, Counter(self.residents))
+        self.slot = expansion.end_slot
+        return expansion.survivors
+
+    def _optimizer(self, step: int, gradients: list[int]) -> None:
+        """The step, then the end of the gradients."""
+        expansion = self.trace.expand_optimizer(step, self.slot)
+        sizes = self._gradient_bytes(self.config.micro_batch_size, self.config.sequence_length)
+        self.residents["gradients"] += sizes
+        states = self._run(expansion)
+        self.residents["gradients"] -= sizes
+        self.residents["optimizer state"] += sum(rounded(expansion.size_of(slot)) for slot in states)
+        self.allocator.replay([~slot for slot in gradients])
+
+    def _gradient_bytes(self, batch: int, tokens: int) -> int:
+        return sum(rounded(r.size_bytes) for r in self.trace.residents if r.part == "adapters")
+
+    def _parts_at_peak(self) -> dict[str, int]:
+        """What lives at the worst moment, by part; the allocator's own slack closes the sum."""
+        assert self.peak_at is not None
+        expansion, worst, residents = self.peak_at
+        live = Counter(residents)
+        alive: dict[int, tuple[str, int]] = {}
+        best, total = Counter(live), sum(live.values())
+        highest = 0
+        for position, events in expansion.events():
+            slot, base = expansion.slot_base(position), expansion.slot_base(position)
+            for event in events:
+                if event >= 0:
+                    part, size = expansion.part(position, slot - base), rounded(event)
+                    alive[slot] = (part, size)
+                    slot += 1
+                    live[part] += size
+                    total += size
+                    if position == worst and total > highest:
+                        highest, best = total, Counter(live)
+                elif ~event in alive:
+                    part, size = alive.pop(~event)
+                    live[part] -= size
+                    total -= size
+            if position == worst:
+                break
+        parts = {part: size for part, size in best.items() if size}
+        slack = self.peak - sum(parts.values())
+        if slack:
+            parts["allocator rounding"] = slack
+        return parts
+
+
+_FORWARD = frozenset({"begin", "forward", "forward_chunk", "forward_end"})
