@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
 
-from autotune.predict.allocator import CachingAllocator, OutOfMemory
+from autotune.predict.allocator import CachingAllocator
 from autotune.predict.kernels import KernelSet
-from autotune.predict.trace import Expansion, Trace
+from autotune.predict.trace import Expansion, NotAlike, Trace
 from autotune.values import AllocatorSetting, TrainingConfig
 
 ROUNDING = 512
@@ -71,7 +72,9 @@ class _Run:
             self.residents["gradients"] -= size
             forward_peak = max(forward_peak, self.forward_peak)
         self._optimizer(1, gradients)
-        self._program("evaluate", self.config.eval_micro_batch_size or batch, tokens)
+        self.program_peak = 0
+        with contextlib.suppress(NotAlike):  # a trace of one point, and another batch size of the evaluation
+            self._program("evaluate", self.config.eval_micro_batch_size or batch, tokens)
         return MemoryForecast(
             after_load_bytes=after_load,
             forward_peak_allocated_bytes=forward_peak,

@@ -264,15 +264,19 @@ class Trace:
 
     def totals(self, batch: int, tokens: int) -> dict[str, int]:
         layers = self.loops.get("layers")
-        chunks = -(-batch * tokens // self.chunk_tokens) if self.chunk_tokens else 0
+        loop = self.loops.get("chunks")
+        chunks = -(-batch * tokens // self.chunk_tokens) * loop.period if loop and self.chunk_tokens else 0
         return {"layers": (layers.total or 0) if layers else 0, "chunks": chunks}
 
     def expand(self, program: str, batch: int, tokens: int, first_slot: int = 0) -> Expansion:
         if self.point is not None and self.point != (batch, tokens):
             raise NotAlike(f"traced at {self.point} alone")
-        values = monomials(batch, tokens)
+        values, totals = monomials(batch, tokens), self.totals(batch, tokens)
+        chunks = self.loops.get("chunks")
+        if chunks is not None and totals["chunks"] < chunks.kept:
+            raise NotAlike(f"{totals['chunks']} chunks of the loss are fewer than were traced")
         sizes = [size.at(values) for size in self.sizes]
-        return Expansion(self.programs[program], self.loops, self.totals(batch, tokens), sizes, first_slot)
+        return Expansion(self.programs[program], self.loops, totals, sizes, first_slot)
 
     def expand_optimizer(self, step: int, first_slot: int = 0) -> Expansion:
         sizes = [size.at(monomials(1, 1)) for size in self.sizes]

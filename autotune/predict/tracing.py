@@ -17,6 +17,7 @@ from autotune.predict.distill import (
 )
 from autotune.predict.dryrun import DryRun, Point
 from autotune.predict.kernels import KernelSet
+from autotune.predict.store import window_of
 from autotune.predict.trace import Block, Loop, NotAlike, Resident, Trace
 from autotune.values import LossPath, ModelSource, Trainer, TrainingConfig
 from autotune.workload import loss as loss_paths
@@ -28,38 +29,22 @@ _LONG = (256 * 101, 256 * 103)
 _BATCHES = (97, 89)
 
 
-def make_trace(source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace:
-    """A trace for every B and T of the class of `config` (`class_of`), or for its own B and T alone where the course
-    of the step depends on them. Raises `UnsupportedModel`, and what a library raises for what does not trace."""
+def make_trace(source: ModelSource, config: TrainingConfig, kernels: KernelSet, *, own_point: bool = False) -> Trace:
+    """A trace for every B and T of the class of `config` (`class_of`), or for its own B and T alone where that is
+    asked for (`own_point`) or the course of the step depends on them. Raises `UnsupportedModel`, and what a library raises for what does not trace."""
     batch, tokens = config.micro_batch_size, config.sequence_length
     attempts: list[Callable[[], Trace]] = [
         lambda: _traced(source, config, kernels, _points(config, source), False),
         lambda: _traced(source, config, kernels, [(batch, tokens)], False),
         lambda: _traced(source, config, kernels, [(batch, tokens)], True),
     ]
-    for attempt in attempts[:-1]:
+    for attempt in attempts[1 if own_point else 0 : -1]:
         try:
             return attempt()
         except NotAlike as why:
             logger.debug("trace holds for one point alone: %s", why)
             continue
     return attempts[-1]()
-
-
-def window_of(source: ModelSource) -> int | None:
-    """Tokens of the model's sliding window, which changes the masks of longer sequences."""
-    text = source.config.get("text_config")
-    for holder in (source.config, text if isinstance(text, dict) else {}):
-        window = holder.get("sliding_window")
-        if isinstance(window, int) and window > 0 and holder.get("use_sliding_window") is not False:
-            return window
-    return None
-
-
-def class_of(source: ModelSource, batch: int, tokens: int) -> str:
-    """Points of one class share a trace: a batch of one skips copies, a longer sequence than the window has masks."""
-    window = window_of(source)
-    return f"{'one' if batch == 1 else 'many'}{'-windowed' if window and tokens >= window else ''}"
 
 
 def _points(config: TrainingConfig, source: ModelSource) -> list[tuple[int, int]]:

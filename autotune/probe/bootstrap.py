@@ -1,4 +1,4 @@
-"""Start a worker under any interpreter: `python -P bootstrap.py CHANNEL_FD PARENT_PID`.
+"""Start a worker under any interpreter: `python -P bootstrap.py CHANNEL_FD PARENT_PID [MODULE]`.
 
 Imports `autotune` from where this file lies and nothing else from there, so the interpreter's own libraries are the
 ones measured. First of all the worker ties its life to its parent's.
@@ -38,6 +38,7 @@ def load_autotune() -> None:
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[2]))
     load_autotune()
-    from autotune.probe.worker import main
+    import importlib
 
-    main(int(sys.argv[1]))
+    worker = importlib.import_module(sys.argv[3] if len(sys.argv) > 3 else "autotune.probe.worker")
+    worker.main(int(sys.argv[1]))

@@ -1,0 +1,153 @@
+"""Memory, time and what no tensor shows, joined for one config on one target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autotune.hardware.cards import Card
+from autotune.predict.kernels import CPU, KernelSet
+from autotune.predict.memory import MemoryForecast, forecast_memory
+from autotune.predict.trace import Trace
+from autotune.values import MIB, Prediction, TrainingConfig
+
+#: Of allocated memory, either way: 31 published T4 rows lay within 0.4 %, and stacks differ (benchmarks/).
+ALLOCATED_INTERVAL = 0.01
+#: Of reserved memory: fragmentation depends on what ran before, below and above what is predicted.
+RESERVED_INTERVAL = (0.03, 0.08)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a CUDA or HIP context and its loaded modules take: (low, likely, high) bytes and where that is from."""
+
+    low_bytes: int
+    likely_bytes: int
+    high_bytes: int
+    source: str
+
+
+_CONTEXTS: dict[str, Context] = {
+    "7.5": Context(
+        low_bytes=105 * MIB,
+        likely_bytes=147_718_144,
+        high_bytes=300 * MIB,
+        source="measured on a T4, torch 2.10-2.14: 140.875 MiB after the first kernels (fitcheck-llm 0.3.1's data)",
+    ),
+    "8.9": Context(
+        low_bytes=290 * MIB,
+        likely_bytes=426 * MIB,
+        high_bytes=560 * MIB,
+        source="measured on an RTX 6000 Ada: 426 MiB, torch 2.10 cu130",
+    ),
+}
+_USUAL = Context(
+    low_bytes=250 * MIB,
+    likely_bytes=450 * MIB,
+    high_bytes=700 * MIB,
+    source="usual of lazily loaded modules: 300-500 MiB on data-centre cards; not measured for this architecture",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a config is predicted for."""
+
+    name: str
+    kernels: KernelSet
+    capacity_bytes: int | None  # memory as a program sees it; None: not known
+    context: Context | None = None  # None: nothing beside tensors (the CPU)
+    card: Card | None = None
+
+
+def target_of_card(card: Card) -> Target:
+    """A card of the catalogue as a target."""
+    return Target(
+        name=card.name,
+        kernels=kernels_of(card),
+        capacity_bytes=card.memory_bytes,
+        context=_CONTEXTS.get(card.compute_capability or "", _USUAL),
+        card=card,
+    )
+
+
+def cpu_target(name: str, limit_bytes: int | None) -> Target:
+    return Target(name=name, kernels=CPU, capacity_bytes=limit_bytes)
+
+
+def kernels_of(card: Card) -> KernelSet:
+    """cuBLAS keeps 32 MiB a handle on sm90 and sm100 and 8.125 MiB elsewhere (CUDABlas.cpp); hipBLAS is taken alike."""
+    large = card.compute_capability in ("9.0", "10.0", "10.3")
+    return KernelSet(
+        sdpa_flash=card.attention.sdpa_flash,
+        sdpa_efficient=card.attention.sdpa_efficient,
+        cublas_workspace_bytes=32 * MIB if large else KernelSet().cublas_workspace_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Everything predicted of one config. Intervals are (low, high)."""
+
+    config: TrainingConfig
+    memory: MemoryForecast
+    device_used_bytes: int
+    step_time_s: float | None
+    intervals: dict[str, tuple[float, float]]
+    capacity_bytes: int | None
+
+    @property
+    def fits(self) -> bool | None:
+        """By what the card would hold in use: tensors, the allocator's unavoidable rest, the context."""
+        return None if self.capacity_bytes is None else self.device_used_bytes <= self.capacity_bytes
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.config.tokens_per_step / self.step_time_s if self.step_time_s else None
+
+    def prediction(self) -> Prediction:
+        return Prediction(
+            peak_allocated_bytes=self.memory.peak_allocated_bytes,
+            peak_reserved_bytes=self.memory.peak_reserved_bytes,
+            device_used_bytes=self.device_used_bytes,
+            step_time_s=self.step_time_s,
+        )
+
+
+def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
+    """Predict one config. Raises `NotAlike` for a trace that does not hold at its B and T."""
+    memory = forecast_memory(trace, config, target.kernels)
+    context = target.context
+    reserved = memory.peak_reserved_bytes
+    if target.kernels.kind == "cpu":
+        reserved = memory.peak_allocated_bytes  # malloc gives back what is freed
+    likely = reserved + (context.likely_bytes if context else 0) + memory.paged_bytes
+    low = memory.peak_allocated_bytes * (1 - ALLOCATED_INTERVAL) + (context.low_bytes if context else 0)
+    high = reserved * (1 + RESERVED_INTERVAL[1]) + (context.high_bytes if context else 0) + memory.paged_bytes
+    intervals: dict[str, tuple[float, float]] = {
+        name: (getattr(memory, name) * (1 - ALLOCATED_INTERVAL), getattr(memory, name) * (1 + ALLOCATED_INTERVAL))
+        for name in ("after_load_bytes", "forward_peak_allocated_bytes", "peak_allocated_bytes")
+    }
+    intervals["peak_reserved_bytes"] = (reserved * (1 - RESERVED_INTERVAL[0]), reserved * (1 + RESERVED_INTERVAL[1]))
+    intervals["device_used_bytes"] = (min(low, likely), max(high, likely))
+    step_time = None
+    if target.card is not None:
+        from autotune.predict.steptime import forecast_time
+
+        time = forecast_time(trace, config, target.card)
+        step_time = time.step_time_s
+        intervals["step_time_s"] = (time.low_s, time.high_s)
+        tokens = config.tokens_per_step
+        intervals["tokens_per_second"] = (tokens / time.high_s, tokens / time.low_s)
+    return Forecast(
+        config=config,
+        memory=memory,
+        device_used_bytes=likely,
+        step_time_s=step_time,
+        intervals={name: (int(a), int(b)) if name.endswith("_bytes") else (a, b) for name, (a, b) in intervals.items()},
+        capacity_bytes=target.capacity_bytes,
+    )
+
+
+def cannot_fit(found: Forecast, limit_bytes: int) -> bool:
+    """Whether even the low end is above the limit: worth no probe."""
+    return found.intervals["device_used_bytes"][0] > limit_bytes

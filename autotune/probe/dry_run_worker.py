@@ -1,0 +1,41 @@
+"""The child that makes traces: imports the training libraries once, then one dry run a request."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import socket
+import warnings
+from typing import Any
+
+from autotune.probe.channel import Channel
+from autotune.values import ModelSource, TrainingConfig, from_json
+
+
+def main(descriptor: int) -> None:
+    """Serve requests until the channel closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    warnings.simplefilter("ignore")
+    gc.disable()  # modules by the hundred thousand are made and kept while libraries are imported
+    channel = Channel(socket.socket(fileno=descriptor))
+    while (message := channel.receive()) is not None:
+        channel.send(_answer(message))
+
+
+def _answer(message: dict[str, Any]) -> dict[str, Any]:
+    try:
+        from autotune.predict.kernels import KernelSet
+        from autotune.predict.trace import to_document
+        from autotune.predict.tracing import make_trace
+
+        trace = make_trace(
+            from_json(ModelSource, message["model"]),
+            from_json(TrainingConfig, message["config"]),
+            KernelSet(**message["kernels"]),
+            own_point=message["own_point"],
+        )
+        return {"trace": to_document(trace)}
+    except Exception as error:  # noqa: BLE001 - the worker's outermost frame: any failure is the answer
+        lines = str(error).strip().splitlines() or [""]
+        name = type(error).__name__
+        return {"error": lines[0][:400] if name == "UnsupportedModel" else f"{name}: {lines[0][:300]}"}
