@@ -15,6 +15,7 @@ from autotune.errors import AutotuneError
 #: command → the module that holds it as `command`, and its line in `autotune --help`
 COMMANDS = {
     "fit": "the fastest config that fits, proven by real training steps",
+    "estimate": "memory and speed on a card that need not be here, predicted",
     "export": "a fit in a trainer's own words",
     "classify": "what a log says about why a run died",
     "gpus": "what devices are here",

@@ -1,0 +1,317 @@
+"""What `autotune estimate` does once its options are parsed: choose, predict, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autotune.configfile import read_config
+from autotune.errors import InvalidRequest, NothingFits, UsageError
+from autotune.hardware.cards import find_card
+from autotune.hardware.sizes import format_bytes, parse_bytes
+from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, target_of_card
+from autotune.predict.store import TraceStore
+from autotune.probe.dry_run import DryRunner
+from autotune.values import (
+    TRAINER_ADAPTER_DTYPE,
+    TRAINER_LOSS,
+    TRAINER_UPCAST,
+    AllocatorSetting,
+    LossPath,
+    ModelSource,
+    Trainer,
+    TrainingConfig,
+    to_json,
+)
+from autotune.workload.models import check_sequence_length, resolve_model
+
+SCHEMA = "autotune.estimate/1"
+DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
+_NAMES = (
+    "after_load_bytes",
+    "forward_peak_allocated_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "device_used_bytes",
+    "step_time_s",
+    "tokens_per_second",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is to be predicted, on what."""
+
+    model: ModelSource
+    config: TrainingConfig  # as given, or the start of the search: one micro batch of the whole effective batch
+    given: bool  # one config, not a search
+    target: Target
+
+
+def run(options: dict[str, Any]) -> None:
+    """Predict and print. Raises `AutotuneError`; `NothingFits` after the closest config is printed."""
+    for name in ("plot", "history"):
+        _check_free(options[name], force=options["force"])
+    target = choose_target(options["gpu"], options["memory_limit"])
+    question = _question(options, target)
+    runner = DryRunner(TraceStore(trace_folder()))
+    try:
+        if options["sweep"]:
+            _sweep(question, runner, options)
+        else:
+            _estimate(question, runner, options)
+    finally:
+        runner.close()
+
+
+def trace_folder() -> Path:
+    """Where traces are kept: beside the GPU databases."""
+    from gpu_db.store import default_home
+
+    return default_home() / "traces"
+
+
+def choose_target(name: str | None, memory_limit: str | None) -> Target:
+    """The card named, of the catalogue; without a name the GPU that is here. Raises `InvalidRequest`."""
+    limit = parse_bytes(memory_limit) if memory_limit else None
+    if name == "cpu":
+        return cpu_target("CPU", limit)
+    if name is None or name == "auto" or name.startswith("cuda:"):
+        name = _name_of_gpu_here(name)
+    choice = find_card(name)
+    if choice.others or choice.card.name.lower() != name.lower():
+        say(f"{choice.card.name}: {choice.reason}")
+    target = target_of_card(choice.card)
+    return target if limit is None else replace(target, capacity_bytes=limit)
+
+
+def _name_of_gpu_here(wanted: str | None) -> str:
+    from autotune.hardware.readers import read_machine
+    from autotune.hardware.select import select_device
+
+    machine = read_machine()
+    if not machine.gpus:
+        raise UsageError('no GPU is visible here: name a card with --gpu, such as --gpu "RTX 3060"')
+    device, _ = select_device(wanted or "auto", machine.devices)
+    return device.name
+
+
+def _question(options: dict[str, Any], target: Target) -> Question:
+    if options["config_file"] is not None:
+        stated = [n for n in ("model", "sequence_length", "effective_batch_size") if options[n] is not None]
+        if stated:
+            raise UsageError(f"--{stated[0].replace('_', '-')} and --config: the file says it already; give one of them")
+        found = read_config(options["config_file"])
+        model = resolve_model(found.model, say=say)
+        check_sequence_length(model, found.config.sequence_length)
+        return Question(model=model, config=found.config, given=True, target=target)
+    model = resolve_model(options["model"] or DEFAULT_MODEL, say=say)
+    length = options["sequence_length"] or min(2048, model.max_positions or 2048)
+    check_sequence_length(model, length)
+    trainer = Trainer(options["trainer"])
+    card = target.card
+    start = TrainingConfig(
+        sequence_length=length,
+        micro_batch_size=options["effective_batch_size"] or 16,
+        loss=TRAINER_LOSS[trainer],
+        upcast=TRAINER_UPCAST[trainer],
+        adapter_dtype=TRAINER_ADAPTER_DTYPE[trainer],
+        compute_dtype="bfloat16" if card is None or "bfloat16" in card.dtypes else "float16",
+        trainer=trainer,
+    )
+    return Question(model=model, config=start, given=False, target=target)
+
+
+def _predictor(question: Question, runner: DryRunner) -> Callable[[TrainingConfig], Forecast]:
+    target = question.target
+    return lambda config: forecast(runner.trace(question.model, config, target.kernels), config, target)
+
+
+def candidates(start: TrainingConfig) -> Iterator[list[TrainingConfig]]:
+    """Families of configs at the start's effective batch, each from the smallest micro batch up."""
+    batch = start.effective_batch_size
+    sizes = [n for n in range(1, min(batch, 64) + 1) if batch % n == 0]
+    losses = list(dict.fromkeys([start.loss, LossPath.CHUNKED]))
+    for checkpointing in ("off", "full"):
+        for loss in losses:
+            for allocator in (AllocatorSetting.DEFAULT, AllocatorSetting.EXPANDABLE_SEGMENTS):
+                yield [
+                    replace(
+                        start,
+                        micro_batch_size=size,
+                        gradient_accumulation_steps=batch // size,
+                        gradient_checkpointing=checkpointing,
+                        loss=loss,
+                        allocator=allocator,
+                    )
+                    for size in sizes
+                ]
+
+
+def fastest(start: TrainingConfig, predict: Callable[[TrainingConfig], Forecast]) -> tuple[Forecast, list[Forecast]]:
+    """(the fastest predicted to fit, or the one that needs least; all that were predicted)."""
+    seen: list[Forecast] = []
+    for family in candidates(start):
+        for config in family:
+            found = predict(config)
+            seen.append(found)
+            if not found.fits:
+                break
+    fitting = [found for found in seen if found.fits]
+    if fitting:
+        quickest = min(found.step_time_s or 0.0 for found in fitting)
+        ties = [found for found in fitting if (found.step_time_s or 0.0) <= quickest * 1.01]
+        return min(ties, key=lambda found: found.device_used_bytes), seen
+    return min(seen, key=lambda found: found.device_used_bytes), seen
+
+
+def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) -> None:
+    predict = _predictor(question, runner)
+    if question.given:
+        found, seen = predict(question.config), []
+    else:
+        found, seen = fastest(question.config, predict)
+    _write_files(question, runner, found, options)
+    if options["as_json"]:
+        click.echo(json.dumps(document(question, found, seen), indent=2, allow_nan=False))
+    else:
+        from autotune.cli.estimate_text import print_estimate
+
+        print_estimate(question.model.name, question.target, found)
+    if not question.given and not found.fits:
+        raise NothingFits(
+            f"nothing is predicted to fit: the least needs {format_bytes(found.device_used_bytes)} of"
+            f" {format_bytes(question.target.capacity_bytes)}. Try a shorter --sequence-length, a smaller --model or a"
+            " larger card",
+            closest=None,
+        )
+
+
+def _write_files(question: Question, runner: DryRunner, found: Forecast, options: dict[str, Any]) -> None:
+    if not options["plot"] and not options["history"]:
+        return
+    from autotune.predict.plot import svg_of_step, viewer_snapshot
+
+    kernels = question.target.kernels
+    trace = runner.trace(question.model, found.config, kernels)
+    if options["plot"]:
+        title = f"{question.model.name} on {question.target.name}, predicted"
+        svg = svg_of_step(trace, found.config, kernels, title=title, capacity_bytes=found.capacity_bytes)
+        _write(options["plot"], svg.encode())
+    if options["history"]:
+        _write(options["history"], viewer_snapshot(trace, found.config, kernels))
+
+
+def document(question: Question, found: Forecast, seen: list[Forecast]) -> dict[str, Any]:
+    """The JSON of one estimate."""
+    target = question.target
+    return {
+        "schema": SCHEMA,
+        "status": "predicted",
+        "gpu": {"name": target.name, "memory_bytes": target.capacity_bytes},
+        "model": {"name": question.model.name, "fingerprint": question.model.fingerprint},
+        "config": to_json(found.config),
+        "predicted": predicted(found),
+        "parts": found.memory.parts,
+        "fits": found.fits,
+        "candidates": [
+            {"config": to_json(item.config), "predicted": predicted(item), "fits": item.fits} for item in seen
+        ],
+    }
+
+
+def predicted(found: Forecast) -> dict[str, Any]:
+    """Plain numbers, with their intervals beside them."""
+    memory = found.memory
+    values: dict[str, Any] = {
+        "after_load_bytes": memory.after_load_bytes,
+        "forward_peak_allocated_bytes": memory.forward_peak_allocated_bytes,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "device_used_bytes": found.device_used_bytes,
+        "step_time_s": found.step_time_s,
+        "tokens_per_second": found.tokens_per_second,
+    }
+    intervals = {name: list(found.intervals[name]) for name in _NAMES if name in found.intervals}
+    return {**values, "intervals": intervals}
+
+
+def sweep_values(text: str) -> list[int]:
+    """ "sequence_length=512..8192" → 512, 1024, … 8192; commas list values. Raises `UsageError`."""
+    name, _, rest = text.partition("=")
+    first, dots, last = rest.partition("..")
+    try:
+        values = [int(part) for part in rest.split(",")] if not dots else []
+        if dots:
+            value, end = int(first), int(last)
+            while 0 < value <= end and len(values) < 64:
+                values.append(value)
+                value *= 2
+    except ValueError:
+        values = []
+    if name != "sequence_length" or not values or min(values) < 1:
+        raise UsageError(f"--sweep {text[:60]}: write sequence_length=512..8192 (doubling) or sequence_length=512,768")
+    return values
+
+
+def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> None:
+    predict = _predictor(question, runner)
+    rows = []
+    for length in sweep_values(options["sweep"]):
+        check_sequence_length(question.model, length)
+        config = replace(question.config, sequence_length=length)
+        rows.append(predict(config) if question.given else fastest(config, predict)[0])
+    if options["plot"]:
+        from autotune.predict.plot import svg_of_sweep
+
+        points = [
+            (r.config.sequence_length, r.device_used_bytes / 2**30, r.tokens_per_second, bool(r.fits)) for r in rows
+        ]
+        title = f"{question.model.name} on {question.target.name}, predicted"
+        _write(options["plot"], svg_of_sweep(points, x_name="sequence length, tokens", title=title).encode())
+    if options["as_json"]:
+        frontier = [{"config": to_json(r.config), "predicted": predicted(r), "fits": r.fits} for r in rows]
+        click.echo(
+            json.dumps(
+                {
+                    "schema": SCHEMA,
+                    "status": "predicted",
+                    "gpu": {"name": question.target.name, "memory_bytes": question.target.capacity_bytes},
+                    "model": {"name": question.model.name, "fingerprint": question.model.fingerprint},
+                    "frontier": frontier,
+                },
+                indent=2,
+                allow_nan=False,
+            )
+        )
+        return
+    from autotune.cli.estimate_text import print_sweep
+
+    print_sweep(question.model.name, question.target, rows)
+
+
+def _check_free(path: Path | None, *, force: bool) -> None:
+    if path is None:
+        return
+    if path.exists() and not force:
+        raise InvalidRequest(f"{path} exists: give --force to overwrite it, or another name")
+    if not path.parent.is_dir():
+        raise InvalidRequest(f"{path.parent} is no folder: make it first, or give another name")
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written ({error.strerror}): give another name") from error
+    say(f"Written to {path}.")
+
+
+def say(line: str) -> None:
+    """A line for people: stderr."""
+    click.echo(line, err=True)
