@@ -105,7 +105,7 @@ def _plainly(error: Exception, values: dict[str, Any]) -> str:
     """An enum's complaint with the words that it takes."""
     text = str(error)
     for field in dataclasses.fields(TrainingConfig):
-        kind = type(field.default)
+        kind: Any = type(field.default)
         if field.name in values and hasattr(kind, "__members__") and values[field.name] not in list(kind):
             return f"{field.name} must be one of {', '.join(kind)}, not {str(values[field.name])[:60]!r}"
     return text

@@ -9,6 +9,7 @@ from autotune.values import (
     Device,
     Environment,
     FitRequest,
+    Prediction,
     Preserves,
     ProbeReport,
     ProbeRequest,
@@ -39,6 +40,20 @@ class ProbeExecutor(Protocol):
     def environment(self) -> Environment: ...
 
     def close(self) -> None: ...
+
+
+class Predictor(Protocol):
+    """Says what to expect of a config before it is probed, and learns from what was measured."""
+
+    def predict(self, config: TrainingConfig) -> Prediction | None:
+        """None where it cannot be predicted."""
+        ...
+
+    def hopeless(self, config: TrainingConfig) -> bool:
+        """Whether a probe would be wasted: even the low end of what is expected does not fit."""
+        ...
+
+    def learn(self, trial: TrialRecord) -> None: ...
 
 
 class TrialStore(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from autotune.errors import Interrupted, ProbeFailed
-from autotune.protocols import ProbeExecutor, TrialStore
+from autotune.protocols import Predictor, ProbeExecutor, TrialStore
 from autotune.search.climb import Observation, Proposal
 from autotune.search.space import SearchSpace, build_space
 from autotune.search.study import Search
@@ -25,6 +25,7 @@ from autotune.values import (
     Judgement,
     Move,
     Origin,
+    Prediction,
     ProbeReport,
     ProbeRequest,
     Recommendation,
@@ -49,6 +50,8 @@ class Observer(Protocol):
 
     def trial_ends(self, trial: TrialRecord) -> None: ...
 
+    def trial_skipped(self, config: TrainingConfig, prediction: Prediction) -> None: ...
+
 
 class Judge(Protocol):
     """Says what a report means. `settle` starts before a probe and is called with what it gave."""
@@ -68,6 +71,7 @@ class Seams:
     observer: Observer
     now_utc: Callable[[], str]
     monotonic: Callable[[], float]
+    predictor: Predictor | None = None  # None: nothing is predicted, everything is probed
 
 
 def request_id(request: FitRequest, headroom_bytes: int) -> str:
@@ -115,6 +119,7 @@ class _Fit:
         self.stored = seams.store.trials(request_id=self.id)
         self.trials: list[TrialRecord] = []
         self.probes = 0
+        self.skipped = 0
 
     def known_answer(self) -> Recommendation | None:
         """From the store: at once where environment and free memory still allow it, else after one proving probe."""
@@ -150,10 +155,13 @@ class _Fit:
         space = build_space(self.request, self.device, installed=installed)
         search = Search(space, self.ladder, self.request, self.device, recorded, max_probes=max_probes)
         while (proposal := search.ask()) is not None:
+            if self.skips(proposal.config):
+                search.tell(proposal, not_worth_a_probe(proposal.config))
+                continue
             trial = self.measure(proposal.config, proposal.reason, proposal=proposal)
             search.tell(proposal, observe(trial))
         outcome = search.outcome()
-        notes = [*left_out(space), outcome.stopped]
+        notes = [*left_out(space), *self.skipped_line(), outcome.stopped]
         if outcome.ties:
             notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
         for candidate in self.provable(outcome.ranked):
@@ -162,6 +170,24 @@ class _Fit:
                 return self.recommend(proof, notes=(*notes, *slower_than_probed(proof, candidate)))
             notes.append(f"a faster config fitted as a probe and failed its proof ({proof.judgement.verdict})")
         return self.recommend(None, notes=tuple(notes), from_database=self.probes == 0)
+
+    def skips(self, config: TrainingConfig) -> bool:
+        """Whether a config is predicted not to fit. The smallest micro batch is always measured: a fit that finds
+        nothing has seen it."""
+        predictor = self.seams.predictor
+        if predictor is None or config.micro_batch_size == 1 or not predictor.hopeless(config):
+            return False
+        prediction = predictor.predict(config)
+        if prediction is None:
+            return False
+        self.skipped += 1
+        self.seams.observer.trial_skipped(config, prediction)
+        return True
+
+    def skipped_line(self) -> tuple[str, ...]:
+        if not self.skipped:
+            return ()
+        return (f"{self.skipped} config(s) predicted not to fit and not probed (--no-prediction probes them)",)
 
     def provable(self, ranked: Sequence[Observation]) -> Iterator[Observation]:
         """Candidates for a proof, fastest first; after one that ran out of memory only those that took less."""
@@ -216,6 +242,8 @@ class _Fit:
 
     def _trial(self, config: TrainingConfig, *, proof: bool, fresh: bool, moves: tuple[str, ...]) -> TrialRecord:
         request = self.probe_request(config, proof=proof)
+        predictor = self.seams.predictor
+        prediction = predictor.predict(config) if predictor else None  # before the probe runs
         self.seams.judge.begin()
         report = self.seams.executor.probe(request, fresh=fresh or self.request.isolation is Isolation.FRESH)
         self.probes += 1
@@ -232,8 +260,11 @@ class _Fit:
             origin=Origin.PROOF if proof else Origin.PROBE,
             time_utc=self.seams.now_utc(),
             moves=moves,
+            prediction=prediction,
         )
         trial = self.seams.store.append(trial)  # committed before it is shown
+        if predictor:
+            predictor.learn(trial)
         self.trials.append(trial)
         self.seams.observer.trial_ends(trial)
         return trial
@@ -278,6 +309,13 @@ def observe(trial: TrialRecord) -> Observation:
         tokens_per_second=trial.tokens_per_second,
         spread=spread_of(trial.report.micro_batch_times_s),
         peak_bytes=trial.report.peak_allocated_bytes if fits else None,
+    )
+
+
+def not_worth_a_probe(config: TrainingConfig) -> Observation:
+    """A config that is predicted not to fit, as the search sees it."""
+    return Observation(
+        config=config, fits=False, out_of_memory=True, tokens_per_second=None, spread=None, peak_bytes=None
     )
 
 

@@ -13,13 +13,19 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command()
-@click.option("--gpu", type=Text(), help='The card: a name such as "3060" or "A100 80GB", or cpu. Default: the GPU here.')
+@click.option(
+    "--gpu", type=Text(), help='The card: a name such as "3060" or "A100 80GB", or cpu. Default: the GPU here.'
+)
 @click.option("--model", type=Text(), help="An id, a folder or a config.json; without --config.")
 @click.option("--sequence-length", type=Whole(1, 10_000_000), help="Tokens of one sample. Default: 2048.")
 @click.option("--effective-batch-size", type=Whole(1, 65_536), help="Samples of one optimizer step. Default: 16.")
-@click.option("--config", "config_file", type=_PATH, help="Predict this one config (YAML or JSON) instead of searching.")
+@click.option(
+    "--config", "config_file", type=_PATH, help="Predict this one config (YAML or JSON) instead of searching."
+)
 @click.option("--memory-limit", type=Text(), help="Whole memory to predict for, such as 12GiB. Default: the card's.")
-@click.option("--trainer", type=click.Choice(["transformers", "trl", "loop"]), default="transformers", show_default=True)
+@click.option(
+    "--trainer", type=click.Choice(["transformers", "trl", "loop"]), default="transformers", show_default=True
+)
 @click.option("--sweep", type=Text(), help="The frontier over a setting: sequence_length=512..8192 doubles.")
 @click.option("--plot", type=_PATH, help="Write memory over one step by part (with --sweep: the frontier) as SVG.")
 @click.option("--history", type=_PATH, help="Write the allocations for pytorch.org/memory_viz (a pickle).")

@@ -105,7 +105,9 @@ def _question(options: dict[str, Any], target: Target) -> Question:
     if options["config_file"] is not None:
         stated = [n for n in ("model", "sequence_length", "effective_batch_size") if options[n] is not None]
         if stated:
-            raise UsageError(f"--{stated[0].replace('_', '-')} and --config: the file says it already; give one of them")
+            raise UsageError(
+                f"--{stated[0].replace('_', '-')} and --config: the file says it already; give one of them"
+            )
         found = read_config(options["config_file"])
         model = resolve_model(found.model, say=say)
         check_sequence_length(model, found.config.sequence_length)
@@ -172,8 +174,9 @@ def fastest(start: TrainingConfig, predict: Callable[[TrainingConfig], Forecast]
 
 def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) -> None:
     predict = _predictor(question, runner)
+    seen: list[Forecast] = []
     if question.given:
-        found, seen = predict(question.config), []
+        found = predict(question.config)
     else:
         found, seen = fastest(question.config, predict)
     _write_files(question, runner, found, options)

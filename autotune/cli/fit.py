@@ -97,7 +97,7 @@ EPOCHS = Number("a number above 0 and up to a million", lambda number: 0 < numbe
 @click.option("--python", type=TEXT, help="Interpreter of your trainer's environment.  [default: autotune's own]")
 @click.option("--max-probes", type=POSITIVE, help="Stop searching after so many.  [default: 24; on the CPU 10]")
 @click.option("--fresh", is_flag=True, help="Measure again, whatever the database holds.")
-@click.option("--no-prediction", is_flag=True, help="Probe what a prediction would skip (today nothing is skipped).")
+@click.option("--no-prediction", is_flag=True, help="Predict nothing: probe configs that a prediction would skip.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document: bytes, seconds, unknown is null.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write config, measurement and provenance as YAML.")
 @click.option("--force", is_flag=True, help="Let --output overwrite.")
@@ -114,5 +114,4 @@ def command(**options: Any) -> None:
     """
     from autotune.cli import fit_run
 
-    del options["no_prediction"]  # nothing is predicted yet, so nothing is skipped
     fit_run.run(options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,9 @@ from autotune.hardware.environment import is_own_python, read_environment
 from autotune.hardware.readers import read_machine
 from autotune.hardware.select import check_headroom, check_memory_limit, default_headroom_bytes, select_device
 from autotune.hardware.sizes import InvalidSize, format_bytes, parse_bytes
+from autotune.predict.store import TraceStore
+from autotune.probe.dry_run import DryRunner
+from autotune.probe.predictor import FitPredictor, target_of_device
 from autotune.recommendation import closest_trial, fit_document, fit_file_document
 from autotune.tuner import Seams, fit, request_id
 from autotune.values import (
@@ -45,7 +49,7 @@ from autotune.values import (
     Upcast,
 )
 from autotune.workload.models import check_optimizer, check_sequence_length, resolve_model
-from gpu_db.store import open_store
+from gpu_db.store import default_home, open_store
 from strategies import LADDER
 
 
@@ -207,11 +211,12 @@ def _fit(
             now_utc=lambda: datetime.now(UTC).isoformat(timespec="seconds"),
             monotonic=time.monotonic,
         )
+        predictor = None if options["no_prediction"] else _predictor(request, device, headroom, options, stopped)
         try:
             return fit(
                 request,
                 device,
-                seams,
+                dataclasses.replace(seams, predictor=predictor),
                 ladder=LADDER,
                 installed=optional_packages(options["python"]),
                 headroom_bytes=headroom,
@@ -220,6 +225,17 @@ def _fit(
             )
         finally:
             executor.close()
+            if predictor:
+                predictor.close()
+
+
+def _predictor(
+    request: FitRequest, device: Device, headroom: int, options: dict[str, Any], stopped: Callable[[], bool]
+) -> FitPredictor:
+    target = target_of_device(device, request.memory_limit_bytes)
+    runner = DryRunner(TraceStore(default_home() / "traces"), python=options["python"], stop=stopped)
+    usable = None if target.capacity_bytes is None else target.capacity_bytes - headroom
+    return FitPredictor(runner, request.model, target, usable)
 
 
 def check_environment(environment: Environment, device: Device, python: str | None) -> None:

@@ -9,8 +9,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.status import Status
 
-from autotune.cli.words import describe, outcome
-from autotune.values import Device, FitRequest, TrainingConfig, TrialRecord
+from autotune.cli.words import describe, mib, outcome
+from autotune.values import Device, FitRequest, Prediction, TrainingConfig, TrialRecord
 
 _EXPECTED_PROBES = 8  # of a usual fit; only the guess of the time left rests on it
 
@@ -26,6 +26,7 @@ class FitProgress:
         self._phase = ""
         self._began = time.monotonic()
         self._times: list[float] = []
+        self._said_first = False
         self._trial_began = self._began
 
     def __enter__(self) -> FitProgress:
@@ -57,7 +58,19 @@ class FitProgress:
         label = f"{len(self._times):>3} {trial.origin.value}"
         self.console.print(f"{label:<10}{describe(trial.config)}: {outcome(trial)}", markup=False, soft_wrap=True)
 
+    def trial_skipped(self, config: TrainingConfig, prediction: Prediction) -> None:
+        if not self._times:
+            self._say_first()
+        self.console.print(
+            f"    skip  {describe(config)}: predicted not to fit, {mib(prediction.peak_allocated_bytes)} of tensors",
+            markup=False,
+            soft_wrap=True,
+        )
+
     def _say_first(self) -> None:
+        if self._said_first:
+            return
+        self._said_first = True
         start = self._request.start
         self.console.print(
             f"Fitting {self._request.model.name} on {self._device.name}: {start.sequence_length} tokens,"

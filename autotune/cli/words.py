@@ -57,6 +57,9 @@ def outcome(trial: TrialRecord) -> str:
     if (peak := peak_bytes(report)) is not None:
         limit = f" of {mib(report.limit_bytes)}" if report.limit_bytes is not None else ""
         parts.append(f"peak {mib(peak)}{limit}")
+    if trial.prediction is not None:
+        tensors = f"tensors {mib(report.peak_allocated_bytes)}, " if report.peak_allocated_bytes else ""
+        parts.append(f"{tensors}predicted {mib(trial.prediction.peak_allocated_bytes)}")
     if verdict not in (Verdict.FITS, Verdict.DEVICE_OOM) and report.failure is not None:
         parts.append(f"in phase {report.failure.phase}")
     return f"{', '.join(parts)} ({report.wall_time_s:.1f} s)"

@@ -17,7 +17,7 @@ from torch.library import Library, fallthrough_kernel
 
 Target = Literal["cuda", "cpu"]
 
-_KEY = DispatchKey.AutocastPrivateUse1
+_KEY: Any = DispatchKey.AutocastPrivateUse1  # type: ignore[attr-defined]
 _LOWER = (
     "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "einsum", "mv", "addmv", "addr", "linalg_vecdot",
     "chain_matmul", "prelu", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention",

@@ -138,7 +138,7 @@ def fit(programs: list[list[_Raw]], table: SizeTable, *, checkpointed: bool) -> 
             made.parts.append(
                 "gradients" if (i, k) in survivors else birth.part or _part(block.name, lives_on, checkpointed)
             )
-        made.works = _work_sums([[w for w in p[i].works] for p in programs], table)
+        made.works = _work_sums([list(p[i].works) for p in programs], table)
         out.append(made)
     return out
 

@@ -100,7 +100,8 @@ class DryRun:
             layer.register_forward_pre_hook(lambda *_, i=index: self._mark(("forward", i)))
             layer.register_forward_hook(lambda *given, i=index: self._layer_done(i, i == last, given[-1]))
             if hasattr(layer, "_gradient_checkpointing_func"):
-                layer._gradient_checkpointing_func = _recompute_with_autocast(layer._gradient_checkpointing_func)
+                whole: Any = layer
+                whole._gradient_checkpointing_func = _recompute_with_autocast(whole._gradient_checkpointing_func)
 
     def _layer_done(self, index: int, last: bool, output: Any) -> None:
         if self._backward or self._tracer is None:
@@ -276,7 +277,7 @@ def _mark_trl(stack: contextlib.ExitStack, mark: Callable[..., int], kernels: Ke
 
         stack.enter_context(mock.patch.object(tiles, name, tile))
     if kernels.kind == "cuda":
-        stack.enter_context(mock.patch.object(utils, "_use_triton", lambda device: True))
+        stack.enter_context(mock.patch.object(utils, "_use_triton", return_value=True))
 
 
 def _loaded(model: Any, config: TrainingConfig) -> list[Resident]:
@@ -303,7 +304,9 @@ def _loaded(model: Any, config: TrainingConfig) -> list[Resident]:
     before = [tensor.untyped_storage().nbytes() for tensor, _, _ in found]
     prepare.upcast_parameters(model, config)
     return [
-        Resident(tensor.untyped_storage().nbytes(), part, load, 0 if tensor.untyped_storage().nbytes() == size else size)
+        Resident(
+            tensor.untyped_storage().nbytes(), part, load, 0 if tensor.untyped_storage().nbytes() == size else size
+        )
         for (tensor, part, load), size in zip(found, before, strict=True)
     ]
 
@@ -361,4 +364,3 @@ def peak_live_bytes(stretches: list[Stretch]) -> tuple[int, int]:
             elif hasattr(event, "storage"):
                 live -= sizes.pop(event.storage)
     return peak, live
-

@@ -45,10 +45,13 @@ def device_behaviour(kernels: KernelSet) -> Iterator[None]:
         if kernels.kind == "cuda":
             patch(functional, "dropout", _fused_dropout)
             patch(functional, "softmax", functools.partial(_fused_softmax, functional.softmax))
-            for name in ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices"):
-                for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
-                    if hasattr(sys.modules[module], name):
-                        patch(sys.modules[module], name, lambda: ["cuda", "meta"])
+        allowed = {"_get_fused_kernels_supported_devices": kernels.kind}
+        if kernels.kind == "cuda":  # on the CPU torch's optimizers go tensor by tensor
+            allowed["_get_foreach_kernels_supported_devices"] = kernels.kind
+        for name, kind in allowed.items():
+            for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
+                if hasattr(sys.modules[module], name):
+                    patch(sys.modules[module], name, lambda kind=kind: [kind, "meta"])
         yield
 
 

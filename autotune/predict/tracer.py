@@ -67,7 +67,7 @@ class Tracer(TorchDispatchMode):
         self._outside.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._open = False
 
     def start(self, label: Label) -> None:

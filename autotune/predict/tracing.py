@@ -30,8 +30,11 @@ _BATCHES = (97, 89)
 
 
 def make_trace(source: ModelSource, config: TrainingConfig, kernels: KernelSet, *, own_point: bool = False) -> Trace:
-    """A trace for every B and T of the class of `config` (`class_of`), or for its own B and T alone where that is
-    asked for (`own_point`) or the course of the step depends on them. Raises `UnsupportedModel`, and what a library raises for what does not trace."""
+    """A trace for every B and T of the class of `config` (`store.class_of`), or for its own B and T alone: where that
+    is asked for (`own_point`), or the course of the step depends on them.
+
+    Raises `UnsupportedModel`, and what a library raises for what does not trace.
+    """
     batch, tokens = config.micro_batch_size, config.sequence_length
     attempts: list[Callable[[], Trace]] = [
         lambda: _traced(source, config, kernels, _points(config, source), False),
@@ -66,9 +69,11 @@ def _traced(
     try:
         if len(points) > 1 and run.step._loss is loss_paths.chunked_loss:
             # Chunks are of constant size: a few are enough, where the class allows them.
-            points = [(b, t) for b, t in ((1, 256 * 7), (1, 256 * 11))] if config.micro_batch_size == 1 else [
-                (7, 256), (11, 256 * 3)
-            ]
+            points = (
+                [(b, t) for b, t in ((1, 256 * 7), (1, 256 * 11))]
+                if config.micro_batch_size == 1
+                else [(7, 256), (11, 256 * 3)]
+            )
         traced = [run.trace(b, t, accumulates=False, evaluates=True) for b, t in points]
         return _distilled(run, config, points, traced)
     finally:

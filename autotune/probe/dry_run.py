@@ -44,11 +44,14 @@ class DryRunner:
         self._channel: Channel | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._known: dict[tuple[str, TrainingConfig, KernelSet], Trace] = {}
+        self._failed: dict[tuple[str, TrainingConfig, KernelSet], str] = {}
         self.made = 0  # traces that a worker made
 
     def trace(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace:
         """The trace for this config. Raises `DryRunFailed`, `Interrupted`."""
         key = (source.fingerprint, config, kernels)
+        if key in self._failed:
+            raise DryRunFailed(self._failed[key])
         if key not in self._known:
             found = self._store.find(source, config, kernels)
             if found is None:
@@ -71,7 +74,10 @@ class DryRunner:
             )
         answer = self._wait(channel)
         if "error" in answer:
-            raise DryRunFailed(f"{source.name} cannot be predicted: {answer['error']}")
+            why = self._failed[(source.fingerprint, config, kernels)] = (
+                f"{source.name} cannot be predicted: {answer['error']}"
+            )
+            raise DryRunFailed(why)
         self.made += 1
         trace = from_document(answer["trace"])
         self._store.keep(source, config, kernels, trace)
