@@ -20,6 +20,7 @@ from autotune.values import (
     FitStatus,
     Judgement,
     Origin,
+    Prediction,
     ProbeReport,
     ProbeRequest,
     Recommendation,
@@ -40,6 +41,7 @@ class Watcher:
     store: MemoryStore
     shown: list[TrialRecord] = field(default_factory=list)
     rows_seen: list[int] = field(default_factory=list)
+    skipped: list[TrainingConfig] = field(default_factory=list)
 
     def trial_starts(self, config: TrainingConfig, reason: str, *, proof: bool) -> None:
         assert reason
@@ -47,6 +49,9 @@ class Watcher:
     def trial_ends(self, trial: TrialRecord) -> None:
         self.shown.append(trial)
         self.rows_seen.append(len(self.store.rows))
+
+    def trial_skipped(self, config: TrainingConfig, prediction: Prediction) -> None:
+        self.skipped.append(config)
 
 
 class PureJudge:
@@ -65,6 +70,8 @@ class Scene:
     device: Device = field(default_factory=a_cpu)
     request: FitRequest = field(default_factory=lambda: limited(1500))
 
+    predictor: Any = None
+
     def __post_init__(self) -> None:
         self.watcher = Watcher(self.store)
 
@@ -77,6 +84,7 @@ class Scene:
             observer=self.watcher,
             now_utc=lambda: "2026-01-01T00:00:00+00:00",
             monotonic=lambda: float(next(clock)),
+            predictor=self.predictor,
         )
         return fit(self.request, self.device, seams, ladder=LADDER, **options)
 
@@ -286,3 +294,48 @@ def test_after_a_proof_out_of_memory_only_smaller_configs_are_proven() -> None:
     assert peaks == sorted(peaks, reverse=True)
     assert result.proof is not None
     assert peaks[-1] <= 700 * MIB
+
+
+@dataclass
+class Seer:
+    """A predictor that knows the fake executor's law, `factor` times too high, under a limit."""
+
+    limit_bytes: int
+    factor: float = 1.0
+    learned: list[TrialRecord] = field(default_factory=list)
+
+    def predict(self, config: TrainingConfig) -> Prediction | None:
+        return Prediction(peak_allocated_bytes=round(Law().peak_bytes(config) * self.factor))
+
+    def hopeless(self, config: TrainingConfig) -> bool:
+        return Law().peak_bytes(config) * self.factor > self.limit_bytes
+
+    def learn(self, trial: TrialRecord) -> None:
+        self.learned.append(trial)
+
+
+def test_what_cannot_fit_is_skipped_and_the_answer_is_the_same() -> None:
+    blind = Scene(request=limited(900))
+    seeing = Scene(request=limited(900), predictor=Seer(900 * MIB))
+    without, with_it = blind.fit(), seeing.fit()
+    assert without.out_of_memory > with_it.out_of_memory == 0
+    assert seeing.watcher.skipped
+    assert with_it.proof is not None
+    assert without.proof is not None
+    assert with_it.proof.config == without.proof.config
+    assert any("predicted not to fit" in note for note in with_it.notes)
+
+
+def test_every_trial_keeps_what_was_predicted_before_it_and_teaches_the_predictor() -> None:
+    scene = Scene(predictor=Seer(1500 * MIB))
+    scene.fit()
+    predicted = [trial.prediction for trial in scene.store.rows]
+    assert all(predicted)
+    assert scene.predictor.learned == scene.watcher.shown
+
+
+def test_the_smallest_micro_batch_is_measured_whatever_is_predicted() -> None:
+    scene = Scene(request=limited(900), predictor=Seer(900 * MIB, factor=100.0))
+    result = scene.fit()
+    assert {request.config.micro_batch_size for request in scene.executor.requests} == {1}
+    assert result.status is FitStatus.FITTED

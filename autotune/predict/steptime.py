@@ -49,9 +49,9 @@ def forecast_time(
     """Predicted time of an optimizer step of `config` on `card`. Raises `NotAlike` where the trace does not hold."""
     reached = efficiency or Efficiency()
     batch, tokens = config.micro_batch_size, config.sequence_length
-    by_kind: Counter[str] = Counter()
+    by_kind: dict[str, float] = {}
     micro = _seconds(trace.expand("first", batch, tokens), monomials(batch, tokens), card, reached, by_kind)
-    optimizer = _seconds(trace.expand_optimizer(1), monomials(1, 1), card, reached, Counter())
+    optimizer = _seconds(trace.expand_optimizer(1), monomials(1, 1), card, reached, {})
     count = config.gradient_accumulation_steps
     step = count * micro + optimizer
     return TimeForecast(
@@ -65,13 +65,13 @@ def forecast_time(
 
 
 def _seconds(
-    expansion: Expansion, values: tuple[int, ...], card: Card, reached: Efficiency, by_kind: Counter[str]
+    expansion: Expansion, values: tuple[int, ...], card: Card, reached: Efficiency, by_kind: dict[str, float]
 ) -> float:
     """Each block is reckoned once and counted as often as it stands in the step."""
     total = 0.0
     for block, times in Counter(item.block for item in expansion.order).items():
         for kind, seconds in _kernels(expansion.blocks[block].works, values, card, reached):
-            by_kind[kind] += seconds * times
+            by_kind[kind] = by_kind.get(kind, 0.0) + seconds * times
             total += seconds * times
     return total
 

@@ -1,0 +1,220 @@
+"""Dry runs against tracked real steps, and traces against themselves: repeated layers, other points, other programs."""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from autotune.predict import tracing
+from autotune.predict.distill import SizeTable, fit, raw_blocks, without_accumulation
+from autotune.predict.dryrun import DryRun
+from autotune.predict.kernels import CPU, KernelSet
+from autotune.predict.memory import ROUNDING, forecast_memory, rounded
+from autotune.predict.trace import Expansion, Trace, from_document, to_document
+from autotune.values import ModelSource, TrainingConfig
+from autotune.workload.build import build_base
+from autotune.workload.step import TrainingStep
+from autotune.workload.tracking import LiveBytes, model_tensors
+from tests.tiny import a_config
+
+BASE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 4096,
+    "max_position_embeddings": 4096,
+}
+GEMMA2 = {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}
+CHANGES: dict[str, dict[str, Any]] = {
+    "cohere": {},
+    "gemma": {"head_dim": 32},
+    "gemma2": GEMMA2,
+    "granite": {},
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "olmo2": {},
+    "phi3": {"pad_token_id": 0},
+    "qwen3": {"head_dim": 32},
+    "stablelm": {},
+}
+CUDA = KernelSet()
+
+
+def a_model(kind: str, **changes: Any) -> ModelSource:
+    return ModelSource(name=kind, config={**BASE, "model_type": kind, **CHANGES[kind], **changes})
+
+
+def a_dry_config(kind: str = "llama", **changes: Any) -> TrainingConfig:
+    fields = {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "micro_batch_size": 2, **changes}
+    return a_config(**{"attention": "eager" if kind == "gemma2" else "sdpa", "sequence_length": 128, **fields})
+
+
+def real_peak(source: ModelSource, config: TrainingConfig, folder: str) -> int:
+    """Live bytes of one primed micro batch on the CPU. Adam's step counts stay on the host on any device: left out."""
+    gc.collect()
+    step = TrainingStep(build_base(source, config, torch.device("cpu")), config, folder=folder)
+    step.prime_optimizer()
+    (batch,) = step.batches(1)
+    items = step.items_in([batch])
+    tracker = LiveBytes("cpu")
+    tracker.see(model_tensors(step.model))
+    tracker.see(tensor for tensor in step.optimizer_tensors() if tensor.ndim)
+    tracker.see(batch.values())
+    with tracker:
+        step.micro_batch(batch, items)
+    return tracker.peak_bytes
+
+
+def dry_trace(source: ModelSource, config: TrainingConfig) -> Trace:
+    """Of the CPU's operators at the config's own point; what kernels hide from a tracker is left out."""
+    run = DryRun(source, config, CPU, hidden_temporaries=False)
+    try:
+        point = (config.micro_batch_size, config.sequence_length)
+        traced = run.trace(*point, accumulates=False, evaluates=False)
+        return tracing._distilled(run, config, [point], [traced])
+    finally:
+        run.close()
+
+
+def peak_of(expansion: Expansion) -> int:
+    """Live bytes of a program's own storages at their highest."""
+    sizes: list[int] = []
+    live = peak = 0
+    for _, events in expansion.events():
+        for event in events:
+            if event >= 0:
+                sizes.append(rounded(event) if event else 0)
+                live += sizes[-1]
+                peak = max(peak, live)
+            else:
+                live -= sizes[~event]
+    return peak
+
+
+def dry_peak(trace: Trace, config: TrainingConfig) -> int:
+    resident = sum(rounded(one.size_bytes) for one in trace.residents)
+    optimizer = trace.expand_optimizer(0)
+    list(optimizer.events())
+    state = sum(rounded(optimizer.size_of(slot)) for slot in optimizer.survivors)
+    return resident + state + peak_of(trace.expand("first", config.micro_batch_size, config.sequence_length))
+
+
+def both_bytes(trace: Trace, config: TrainingConfig) -> tuple[int, int]:
+    forecast = forecast_memory(trace, config, CUDA)
+    return forecast.peak_allocated_bytes, forecast.peak_reserved_bytes
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("checkpointing", ["off", "full"])
+def test_dry_peak_is_the_real_steps(kind: str, checkpointing: str, tmp_path: Any) -> None:
+    source, config = a_model(kind), a_dry_config(kind, gradient_checkpointing=checkpointing)
+    assert dry_peak(dry_trace(source, config), config) == pytest.approx(
+        real_peak(source, config, str(tmp_path)), rel=0.005
+    )
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("llama", "full"), ("gemma2", "off"), ("llama", "every_2")])
+def test_few_layers_stand_for_all_to_the_byte(kind: str, checkpointing: str) -> None:
+    source = a_model(kind, num_hidden_layers=14)
+    config = a_dry_config(kind, gradient_checkpointing=checkpointing)
+    point = [(config.micro_batch_size, config.sequence_length)]
+    few = tracing._traced(source, config, CUDA, point, False)
+    every = tracing._traced(source, config, CUDA, point, True)
+    assert few.loops["layers"].kept < every.loops["layers"].kept == 14
+    assert both_bytes(few, config) == both_bytes(every, config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": "off"},
+        {"gradient_checkpointing": "full", "attention": "eager"},
+        {"gradient_checkpointing": "offload", "attention": "flash_attention_2"},
+        {"gradient_checkpointing": "every_2"},
+        {"gradient_checkpointing": "full", "loss": "chunked", "sequence_length": 1024},
+        {"gradient_checkpointing": "off", "loss": "chunked", "sequence_length": 1024, "attention": "flash_attention_2"},
+    ],
+    ids=lambda changes: ",".join(map(str, changes.values())),
+)
+def test_a_trace_holds_at_other_points_to_the_byte(changes: dict[str, Any]) -> None:
+    source, config = a_model("llama", max_position_embeddings=1 << 20), a_dry_config(**changes)
+    general = tracing._traced(source, config, CUDA, tracing._points(config, source), False)
+    own = tracing._traced(source, config, CUDA, [(config.micro_batch_size, config.sequence_length)], False)
+    assert general.point is None
+    assert both_bytes(general, config) == both_bytes(own, config)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "full"])
+def test_accumulation_follows_from_the_first_micro_batch(checkpointing: str) -> None:
+    source, config = a_model("llama"), a_dry_config(gradient_checkpointing=checkpointing)
+    run = DryRun(source, config, CUDA)
+    try:
+        point = run.trace(2, 128, accumulates=True, evaluates=False)
+        trace = tracing._distilled(run, config, [(2, 128)], [point])
+    finally:
+        run.close()
+    trace.programs["traced"] = fit(
+        [raw_blocks(point.programs["next"])], _constants(trace), checkpointed=checkpointing != "off"
+    )
+    derived = peak_of(trace.expand("next", 2, 128))
+    assert derived == pytest.approx(peak_of(trace.expand("traced", 2, 128)), rel=0.001)
+    assert derived < peak_of(trace.expand("first", 2, 128))
+    assert [b.sizes for b in without_accumulation(trace.programs["first"])] == [
+        b.sizes for b in trace.programs["first"]
+    ]
+
+
+def _constants(trace: Trace) -> SizeTable:
+    """A table of one point that goes on filling the sizes of `trace`."""
+    table = SizeTable([(2, 128)])
+    table.sizes = trace.sizes
+    table._known = {size: number for number, size in enumerate(trace.sizes)}
+    return table
+
+
+#: Bytes of state to one parameter: 8-bit states carry a float32 scale for 256 of them, small tensors stay 32-bit.
+STATE = {
+    "adamw_torch": (8, 8.3),
+    "adamw_torch_fused": (8, 8.3),
+    "adamw_8bit": (2, 6),
+    "adamw_bnb_8bit": (2, 6),
+    "adafactor": (0.01, 1),
+    "sgd": (0, 0),
+    "lion_8bit": (1, 3),
+    "lion_32bit": (4, 4),
+    "rmsprop": (4, 4.2),
+}
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_optimizers_leave_their_state(name: str) -> None:
+    run = DryRun(a_model("llama", num_hidden_layers=2), a_dry_config(optimizer=name), CUDA)
+    table = SizeTable([(1, 1)])
+    try:
+        parameters = sum(run.adapters()) / 4
+        blocks = fit([raw_blocks(run.optimizer()[0])], table, checkpointed=False)
+    finally:
+        run.close()
+    expansion = Expansion(blocks, {}, {}, [size.at((1,) * 10) for size in table.sizes])
+    list(expansion.events())
+    least, most = STATE[name]
+    assert least <= sum(map(expansion.size_of, expansion.survivors)) / parameters <= most
+
+
+def test_parts_sum_to_the_peak_and_documents_hold_all_of_a_trace() -> None:
+    source, config = a_model("llama"), a_dry_config(gradient_checkpointing="full")
+    trace = tracing._traced(source, config, CUDA, tracing._points(config, source), False)
+    forecast = forecast_memory(trace, config, CUDA)
+    assert sum(forecast.parts.values()) == forecast.peak_allocated_bytes
+    assert min(forecast.parts.values()) > 0
+    assert {"base weights", "adapters", "optimizer state"} <= set(forecast.parts)
+    again = from_document(json.loads(json.dumps(to_document(trace))))
+    assert again == trace
+    assert forecast_memory(again, config, CUDA) == forecast
+    assert forecast.peak_allocated_bytes % ROUNDING == 0
