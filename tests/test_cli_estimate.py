@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def typed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "autotune.cli.main", "estimate", *arguments],
+        [sys.executable, "-c", "from autotune.cli.main import main; main()", "estimate", *arguments],
         capture_output=True,
         text=True,
         cwd=folder,

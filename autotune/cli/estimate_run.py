@@ -84,7 +84,7 @@ def choose_target(name: str | None, memory_limit: str | None) -> Target:
     if name is None or name == "auto" or name.startswith("cuda:"):
         name = _name_of_gpu_here(name)
     choice = find_card(name)
-    if choice.others or choice.card.name.lower() != name.lower():
+    if choice.others:
         say(f"{choice.card.name}: {choice.reason}")
     target = target_of_card(choice.card)
     return target if limit is None else replace(target, capacity_bytes=limit)
