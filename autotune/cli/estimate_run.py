@@ -18,6 +18,7 @@ from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, ta
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunner
 from autotune.values import (
+    MIB,
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
     TRAINER_UPCAST,
@@ -31,6 +32,7 @@ from autotune.values import (
 from autotune.workload.models import check_sequence_length, resolve_model
 
 SCHEMA = "autotune.estimate/1"
+LARGEST_MICRO_BATCH = 64
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
 _NAMES = (
     "after_load_bytes",
@@ -137,39 +139,47 @@ def _predictor(question: Question, runner: DryRunner) -> Callable[[TrainingConfi
 def candidates(start: TrainingConfig) -> Iterator[list[TrainingConfig]]:
     """Families of configs at the start's effective batch, each from the smallest micro batch up."""
     batch = start.effective_batch_size
-    sizes = [n for n in range(1, min(batch, 64) + 1) if batch % n == 0]
-    losses = list(dict.fromkeys([start.loss, LossPath.CHUNKED]))
+    sizes = [n for n in range(1, min(batch, LARGEST_MICRO_BATCH) + 1) if batch % n == 0]
     for checkpointing in ("off", "full"):
-        for loss in losses:
-            for allocator in (AllocatorSetting.DEFAULT, AllocatorSetting.EXPANDABLE_SEGMENTS):
-                yield [
-                    replace(
-                        start,
-                        micro_batch_size=size,
-                        gradient_accumulation_steps=batch // size,
-                        gradient_checkpointing=checkpointing,
-                        loss=loss,
-                        allocator=allocator,
-                    )
-                    for size in sizes
-                ]
+        for loss in dict.fromkeys([start.loss, LossPath.CHUNKED]):
+            yield [
+                replace(
+                    start,
+                    micro_batch_size=size,
+                    gradient_accumulation_steps=batch // size,
+                    gradient_checkpointing=checkpointing,
+                    loss=loss,
+                )
+                for size in sizes
+            ]
 
 
 def fastest(start: TrainingConfig, predict: Callable[[TrainingConfig], Forecast]) -> tuple[Forecast, list[Forecast]]:
-    """(the fastest predicted to fit, or the one that needs least; all that were predicted)."""
+    """(the fastest predicted to fit with the usual headroom, or the one that needs least; all that were predicted)."""
     seen: list[Forecast] = []
     for family in candidates(start):
+        allocator = AllocatorSetting.DEFAULT
         for config in family:
-            found = predict(config)
-            seen.append(found)
-            if not found.fits:
+            seen.append(predict(replace(config, allocator=allocator)))
+            if not has_room(seen[-1]) and allocator is AllocatorSetting.DEFAULT:
+                allocator = AllocatorSetting.EXPANDABLE_SEGMENTS  # less is lost to fragments, from here on
+                seen.append(predict(replace(config, allocator=allocator)))
+            if not has_room(seen[-1]):
                 break
-    fitting = [found for found in seen if found.fits]
+    fitting = [found for found in seen if has_room(found)]
     if fitting:
         quickest = min(found.step_time_s or 0.0 for found in fitting)
         ties = [found for found in fitting if (found.step_time_s or 0.0) <= quickest * 1.01]
         return min(ties, key=lambda found: found.device_used_bytes), seen
     return min(seen, key=lambda found: found.device_used_bytes), seen
+
+
+def has_room(found: Forecast) -> bool:
+    """Whether it fits with the headroom that a fit keeps: 2 %, at least 256 MiB; of the CPU's limit none."""
+    if found.capacity_bytes is None:
+        return True
+    kept = max(found.capacity_bytes // 50, 256 * MIB) if found.step_time_s is not None else 0
+    return found.device_used_bytes + kept <= found.capacity_bytes
 
 
 def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) -> None:
@@ -186,7 +196,7 @@ def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) ->
         from autotune.cli.estimate_text import print_estimate
 
         print_estimate(question.model.name, question.target, found)
-    if not question.given and not found.fits:
+    if not question.given and not has_room(found):
         raise NothingFits(
             f"nothing is predicted to fit: the least needs {format_bytes(found.device_used_bytes)} of"
             f" {format_bytes(question.target.capacity_bytes)}. Try a shorter --sequence-length, a smaller --model or a"

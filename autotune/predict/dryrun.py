@@ -203,8 +203,12 @@ class DryRun:
 
     def optimizer(self, steps: int = 2) -> list[list[Stretch]]:
         """Births and deaths of `steps` optimizer steps over the parameters of the whole model, one list a step."""
-        parameters = [torch.nn.Parameter(torch.empty_like(p, device="meta")) for _, p in self._trainable()]
-        return _trace_optimizer(self, parameters, steps)
+        shapes = tuple((tuple(p.shape), p.dtype) for _, p in self._trainable())
+        key = (self.config.optimizer, self.kernels, shapes, steps)
+        if key not in _optimizer_steps:  # alike for every other setting of a model
+            parameters = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes]
+            _optimizer_steps[key] = _trace_optimizer(self, parameters, steps)
+        return _optimizer_steps[key]
 
 
 def _buildable(config: TrainingConfig) -> TrainingConfig:
@@ -328,6 +332,9 @@ def _repeated(named: list[tuple[str, Any]], pattern: Pattern) -> list[tuple[str,
             middle = []
         out.append((name, parameter))
     return out + middle * pattern.repeats
+
+
+_optimizer_steps: dict[Any, list[list[Stretch]]] = {}
 
 
 def _trace_optimizer(run: DryRun, parameters: list[torch.nn.Parameter], steps: int) -> list[list[Stretch]]:
