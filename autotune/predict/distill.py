@@ -167,7 +167,10 @@ def _work_sums(works: list[list[Work]], table: SizeTable) -> list[WorkSum]:
     counts: dict[WorkSum, int] = {}
     for same in zip(*works, strict=True):
         moved: dict[int, Fraction] = {}
-        for seen in zip(*(w.moved_bytes for w in same), strict=True):
+        each = [w.moved_bytes for w in same]
+        if len({len(one) for one in each}) > 1:  # as many tensors as there are chunks
+            each = [(sum(one),) for one in each]
+        for seen in zip(*each, strict=True):
             if not any(seen):
                 continue
             size = table.formula(seen)

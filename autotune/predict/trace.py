@@ -212,7 +212,8 @@ class Expansion:
         repeats = loop.repeats(total)
         if loop_of(block.name) == name and block.index is not None and item.index is not None:
             index = item.index + other.index - block.index
-            if abs(other.index - block.index) > loop.period:
+            repeated = loop.head <= block.index < loop.head + loop.period
+            if abs(other.index - block.index) > loop.period and not repeated:
                 index = _actual(other.index, loop, repeats)
             kept = _kept(index, loop, total)
             return [self._where[(self._by_name[(other.name, kept)], index)] + target[1]]
