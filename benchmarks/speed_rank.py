@@ -119,6 +119,8 @@ def timed_rows(rows: Iterable[dict[str, str]]) -> tuple[list[Timed], list[LeftOu
         case = case_of(row)
         if isinstance(case, LeftOut):
             left.append(case)
+        elif row["gpu"] not in _CARDS:
+            left.append(LeftOut(source=case.source, label=case.label, reason=f"which card is {row['gpu']}?"))
         elif "Mixtral" in case.model:
             why = "the installed transformers leaves its experts in 16 bits: another program than was timed"
             left.append(LeftOut(source=case.source, label=case.label, reason=why))
@@ -126,9 +128,7 @@ def timed_rows(rows: Iterable[dict[str, str]]) -> tuple[list[Timed], list[LeftOu
             card = find_card(_CARDS[row["gpu"]]).card.name
             kept = found.setdefault((card, case.model, case.config), (case, []))
             kept[1].append(float(row["tokens_per_s"]))
-    timed = [
-        Timed(card=card, case=case, tokens_per_s=tuple(speeds)) for (card, _, _), (case, speeds) in found.items()
-    ]
+    timed = [Timed(card=card, case=case, tokens_per_s=tuple(speeds)) for (card, _, _), (case, speeds) in found.items()]
     return timed, left
 
 

@@ -201,3 +201,18 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def current_target() -> Target:
     return _state.target
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """As `torch.autocast(device, enabled=False)`, for meta tensors."""
+    if not _state.depth:
+        yield
+        return
+    _switch(False)
+    before, _state.depth = _state.depth, 0
+    try:
+        yield
+    finally:
+        _state.depth = before
+        _switch(True)

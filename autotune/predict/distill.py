@@ -70,6 +70,11 @@ def compress_chunks(blocks: list[_Raw], loop: Loop) -> list[_Raw]:
         if i not in drop:
             place[i] = len(kept)
             kept.append(block)
+    middle = {
+        (b.name, b.index): i
+        for i, b in enumerate(kept)
+        if b.name.endswith("_chunk") and b.index is not None and loop.head <= b.index < first
+    }
     out = []
     for block in kept:
         renamed = _Raw(block.name, block.index, block.births, works=block.works)
@@ -78,12 +83,23 @@ def compress_chunks(blocks: list[_Raw], loop: Loop) -> list[_Raw]:
         for event in block.events:
             if event >= 0:
                 renamed.events.append(event)
-            elif block.deaths[~event][0] in place:
-                target, ordinal = block.deaths[~event]
+                continue
+            target, ordinal = block.deaths[~event]
+            stand_in = place.get(target)
+            if stand_in is None and block.name == blocks[target].name:
+                stand_in = _neighbour(blocks[target], block, loop, middle)
+            if stand_in is not None:
                 renamed.events.append(~len(renamed.deaths))
-                renamed.deaths.append((place[target], ordinal))
+                renamed.deaths.append((stand_in, ordinal))
         out.append(renamed)
     return out
+
+
+def _neighbour(dropped: _Raw, block: _Raw, loop: Loop, middle: dict[tuple[str, int], int]) -> int | None:
+    """The repeated chunk that stands for a dropped one which `block`, the next to it, frees from; None for others."""
+    if dropped.index is None or block.index is None or abs(dropped.index - block.index) > loop.period:
+        return None
+    return middle[(dropped.name, loop.head + (dropped.index - loop.head) % loop.period)]
 
 
 class SizeTable:

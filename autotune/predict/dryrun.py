@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autotune.predict import autocast
 from autotune.predict.kernels import KernelSet
@@ -207,8 +209,9 @@ class DryRun:
         key = (self.config.optimizer, self.kernels, shapes, steps)
         if key not in _optimizer_steps:  # alike for every other setting of a model
             parameters = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape, dtype in shapes]
-            _optimizer_steps[key] = _trace_optimizer(self, parameters, steps)
-        return _optimizer_steps[key]
+            _optimizer_steps[key] = (_trace_optimizer(self, parameters, steps), self.paged_bytes)
+        traced, self.paged_bytes = _optimizer_steps[key]
+        return traced
 
 
 def _buildable(config: TrainingConfig) -> TrainingConfig:
@@ -334,7 +337,7 @@ def _repeated(named: list[tuple[str, Any]], pattern: Pattern) -> list[tuple[str,
     return out + middle * pattern.repeats
 
 
-_optimizer_steps: dict[Any, list[list[Stretch]]] = {}
+_optimizer_steps: dict[Any, tuple[list[list[Stretch]], int]] = {}
 
 
 def _trace_optimizer(run: DryRun, parameters: list[torch.nn.Parameter], steps: int) -> list[list[Stretch]]:
@@ -346,16 +349,43 @@ def _trace_optimizer(run: DryRun, parameters: list[torch.nn.Parameter], steps: i
         parameter.grad = torch.empty_like(parameter)
     traced = []
     tracer = Tracer(run.kernels, vocab_size=-1, hidden_temporaries=run._hidden)
+    paged = _Paged(tracer)
     tracer.see(parameters)
     tracer.see([p.grad for p in parameters if p.grad is not None])
-    with tracer:
+    with tracer, paged.in_place():
         for _ in range(steps):
             tracer.stretches = []
             tracer.start(("optimizer", None))
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             traced.append(tracer.stretches)
+    run.paged_bytes = paged.size_bytes
     return traced
+
+
+class _Paged:
+    """bitsandbytes' paged optimizer state: managed memory, which no allocator counts."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self.size_bytes = 0
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        import bitsandbytes.functional as kernels
+
+        with (
+            mock.patch.object(kernels, "get_paged", self._get),
+            mock.patch.object(kernels, "fill", return_value=None),
+        ):
+            yield
+
+    def _get(self, *shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
+        self.size_bytes += dtype.itemsize * math.prod(shape)
+        with _disable_current_modes():
+            made = torch.empty(shape, dtype=dtype, device="meta")
+        self._tracer.see([made])
+        return made
 
 
 def peak_live_bytes(stretches: list[Stretch]) -> tuple[int, int]:
@@ -369,5 +399,5 @@ def peak_live_bytes(stretches: list[Stretch]) -> tuple[int, int]:
                 live += sizes[event.storage]
                 peak = max(peak, live)
             elif hasattr(event, "storage"):
-                live -= sizes.pop(event.storage)
+                live -= sizes.pop(event.storage, 0)
     return peak, live

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.fx.experimental._config
 from torch.nn import functional
 
 from autotune.predict import autocast
@@ -39,6 +40,8 @@ def device_behaviour(kernels: KernelSet) -> Iterator[None]:
             "get_autocast_dtype",
             lambda kind: (autocast.current_dtype() or torch.bfloat16) if kind == "meta" else dtype_of(kind),
         )
+        patch(torch, "autocast", functools.partial(_autocast, kernels, torch.autocast))
+        patch(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)  # trl picks learned tokens
         patch(flash_utils, "lazy_import_flash_attention", _flash_functions)
         if hasattr(modeling_utils, "save_on_cpu"):
             patch(modeling_utils, "save_on_cpu", _saved_on_host)
@@ -161,6 +164,15 @@ def _fused_dropout(
         return input
     out: torch.Tensor = torch.native_dropout(input, p, True)[0]
     return out
+
+
+def _autocast(kernels: KernelSet, plain: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+    """torch.autocast, which refuses meta."""
+    if device_type != "meta":
+        return plain(device_type, *args, **kwargs)
+    if kwargs.get("enabled") is False or not autocast.is_on():
+        return autocast.off()
+    return autocast.autocast(autocast.current_dtype() or torch.bfloat16, kernels.kind)
 
 
 def _fused_softmax(

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from autotune.hardware.cards import Card
 from autotune.predict.trace import Expansion, Trace, WorkSum, monomials
-from autotune.values import TrainingConfig
+from autotune.values import Attention, TrainingConfig
+
+_SIXTEEN_BITS = ("float16", "bfloat16")
+
+#: Of the 16-bit rate at boost clock that is left where the power limit lowers the clock, by card. Tesla T4: 24 of 65
+#: TFLOP/s sustained at 4096³ in float16 (NVIDIA's developer forum, "About GPU peak performance", 264462: its 70 W
+#: limit), over `Efficiency.matmul`. Other cards are taken at their catalogue clock, throttling laptops too.
+POWER_CAPPED = {"Tesla T4": 24 / 65 / 0.70}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
-    """Fractions of a card's rate and bandwidth that are reached, and seconds between two kernels.
+    """Fractions of a card's rate and bandwidth that are reached, and seconds.
 
-    Chosen once, from what large products and streaming kernels reach on data-centre cards, and not fitted to a row;
-    `python -m benchmarks.speed_rank` shows how predicted and published speeds then order.
+    `matmul`, `memory`, `dequantise` and the seconds were set beforehand, as large products and streaming kernels do
+    on data-centre cards. `flash` is FlashAttention 2's paper (arXiv:2307.08691): 50 to 73 % of an A100 forward, up to
+    63 % backward. Only `efficient` was chosen by looking at published rows, the SDPA ones on a T4, where 0.3 and 0.4
+    order TinyLlama's speeds a little worse. The same rows are those that `benchmarks.speed_rank` judges by.
     """
 
     matmul: float = 0.70
-    attention: float = 0.45  # FLOPs are counted full and causal kernels skip half: 0.9 of the count is 0.45 of the rate
+    flash: float = 0.55
+    efficient: float = 0.22  # SDPA's kernel for cards without FlashAttention
     memory: float = 0.75
     dequantise: float = 0.55
-    launch_s: float = 6e-6  # of an eager PyTorch operator that the CPU has not queued ahead
-    small_matmul_flops: float = 2e9  # below about this a product does not fill a card
+    no_bfloat16: float = 0.5  # of the float32 rate, for bfloat16 on a card without units; assumed, no published row
+    causal: float = 0.5  # of the counted FLOPs of attention, which are those without a mask
+    launch_s: float = 6e-6  # of an eager operator that the CPU has not queued ahead
+    ramp_s: float = 5e-6  # before a product fills its card, and after: small ones reach less of the rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeForecast:
-    """Seconds of one optimizer step, and where they go."""
+    """Seconds of one optimizer step, and where they go: `by_kind` sums to `step_time_s`."""
 
     step_time_s: float
     low_s: float
@@ -39,59 +50,80 @@ class TimeForecast:
     by_kind: dict[str, float]
 
 
-#: Of step time. 19 published rows (A100-80GB and T4, seven settings) took 0.88 to 1.45 times the predicted time.
+#: Of step time. 31 published configs on two cards (A100-80GB, T4) took 0.93 to 1.18 times what is predicted; the rest
+#: is allowance, not measured: for other cards, throttling, host-bound loops. `python -m benchmarks.speed_rank`.
 INTERVAL = (0.8, 1.5)
 
 
 def forecast_time(
-    trace: Trace, config: TrainingConfig, card: Card, *, efficiency: Efficiency | None = None
+    trace: Trace,
+    config: TrainingConfig,
+    card: Card,
+    *,
+    efficiency: Efficiency | None = None,
+    learned_factor: float = 1.0,
 ) -> TimeForecast:
-    """Predicted time of an optimizer step of `config` on `card`. Raises `NotAlike` where the trace does not hold."""
-    reached = efficiency or Efficiency()
+    """Predicted time of an optimizer step of `config` on `card`, times what was learned of this machine.
+
+    Raises `NotAlike` where the trace does not hold.
+    """
+    clock = _Clock(config, card, efficiency or Efficiency(), learned_factor)
     batch, tokens = config.micro_batch_size, config.sequence_length
-    by_kind: dict[str, float] = {}
-    micro = _seconds(trace.expand("first", batch, tokens), monomials(batch, tokens), card, reached, by_kind)
-    optimizer = _seconds(trace.expand_optimizer(1), monomials(1, 1), card, reached, {})
-    count = config.gradient_accumulation_steps
-    step = count * micro + optimizer
+    micro = clock.by_kind(trace.expand("first", batch, tokens), monomials(batch, tokens))
+    optimizer = sum(clock.by_kind(trace.expand_optimizer(1), monomials(1, 1)).values())
+    by_kind = {kind: seconds * config.gradient_accumulation_steps for kind, seconds in micro.items()}
+    by_kind["optimizer"] = optimizer
+    step = sum(by_kind.values())
     return TimeForecast(
         step_time_s=step,
         low_s=step * INTERVAL[0],
         high_s=step * INTERVAL[1],
-        micro_batch_s=micro,
+        micro_batch_s=sum(micro.values()),
         optimizer_s=optimizer,
-        by_kind={kind: seconds * count for kind, seconds in by_kind.items()},
+        by_kind=by_kind,
     )
 
 
-def _seconds(
-    expansion: Expansion, values: tuple[int, ...], card: Card, reached: Efficiency, by_kind: dict[str, float]
-) -> float:
-    """Each block is reckoned once and counted as often as it stands in the step."""
-    total = 0.0
-    for block, times in Counter(item.block for item in expansion.order).items():
-        for kind, seconds in _kernels(expansion.blocks[block].works, values, card, reached):
-            by_kind[kind] = by_kind.get(kind, 0.0) + seconds * times
-            total += seconds * times
-    return total
+class _Clock:
+    """Seconds of kernels with these settings on this card."""
 
+    def __init__(self, config: TrainingConfig, card: Card, reached: Efficiency, factor: float) -> None:
+        self.card, self.reached, self.factor = card, reached, factor
+        flash = config.attention is Attention.FLASH_ATTENTION_2 or card.attention.sdpa_flash
+        self.attention = (reached.flash if flash else reached.efficient) / reached.causal
 
-def _kernels(
-    works: Iterable[WorkSum], values: tuple[int, ...], card: Card, reached: Efficiency
-) -> Iterable[tuple[str, float]]:
-    for work in works:
+    def by_kind(self, expansion: Expansion, values: tuple[int, ...]) -> dict[str, float]:
+        """Each block is reckoned once and counted as often as it stands in the step."""
+        found: dict[str, float] = {}
+        operators: Counter[str] = Counter()
+        for number, times in Counter(item.block for item in expansion.order).items():
+            block = expansion.blocks[number]
+            for work in block.works:
+                found[work.kind] = found.get(work.kind, 0.0) + self.seconds(work, values) * times * self.factor
+            for operator in block.operators:
+                operators[operator.split(".")[1] if "bitsandbytes." in operator else ""] += times
+        # A product with 4-bit weights dequantises them first: as often again as the backward does on its own.
+        if operators["dequantize_4bit"] and "dequantise" in found:
+            found["dequantise"] *= 1 + operators["gemm_4bit"] / operators["dequantize_4bit"]
+        return found
+
+    def seconds(self, work: WorkSum, values: tuple[int, ...]) -> float:
+        """All kernels of one sum."""
         flops = sum(size.at(values) for size in work.flops)
         moved = sum(size.at(values) for size in work.moved)
-        share = getattr(reached, work.kind)
+        share = self.reached.dequantise if work.kind == "dequantise" else self.reached.memory
         compute = 0.0
-        if flops:
-            fill = flops / (flops + reached.small_matmul_flops) if work.kind == "matmul" else 1.0
-            compute = flops / (_rate(card, work.dtype) * share * max(fill, 0.02))
-        bandwidth = card.bandwidth_bytes_per_s * (reached.memory if flops else share)
-        yield work.kind, work.count * max(reached.launch_s, compute, moved / bandwidth)
+        if flops and work.kind == "attention":
+            compute = flops / (self._rate(work.dtype) * self.attention)
+        elif flops:
+            compute = flops / (self._rate(work.dtype) * self.reached.matmul) + self.reached.ramp_s
+        return work.count * max(self.reached.launch_s, compute, moved / (self.card.bandwidth_bytes_per_s * share))
 
-
-def _rate(card: Card, dtype: str) -> float:
-    """FLOP/s of a product in this dtype; what has no units runs in float32."""
-    rates = {"bfloat16": card.bf16_flops_per_s, "float16": card.fp16_flops_per_s}
-    return rates.get(dtype) or card.fp32_flops_per_s
+    def _rate(self, dtype: str) -> float:
+        """FLOP/s in this dtype. float32 is without TF32, which torch leaves off."""
+        if dtype not in _SIXTEEN_BITS:
+            return self.card.fp32_flops_per_s
+        rate = self.card.fp16_flops_per_s if dtype == "float16" else self.card.bf16_flops_per_s
+        if rate is None:
+            return self.card.fp32_flops_per_s * self.reached.no_bfloat16
+        return rate * POWER_CAPPED.get(self.card.name, 1.0)

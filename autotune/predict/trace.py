@@ -210,11 +210,11 @@ class Expansion:
             return [self._where[(target[0], other.index)] + target[1]]
         total = self._totals[name or ""]
         repeats = loop.repeats(total)
-        if loop_of(block.name) == name and block.index is not None and item.index is not None:
+        same = loop_of(block.name) == name and block.index is not None and item.index is not None
+        if same and abs(other.index - (block.index or 0)) <= loop.period:
+            assert item.index is not None
+            assert block.index is not None
             index = item.index + other.index - block.index
-            repeated = loop.head <= block.index < loop.head + loop.period
-            if abs(other.index - block.index) > loop.period and not repeated:
-                index = _actual(other.index, loop, repeats)
             kept = _kept(index, loop, total)
             return [self._where[(self._by_name[(other.name, kept)], index)] + target[1]]
         if loop.head <= other.index < loop.head + loop.period:

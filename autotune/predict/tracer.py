@@ -64,7 +64,12 @@ class Tracer(TorchDispatchMode):
         self._open = True
 
     def see(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._outside.update(tensor.untyped_storage()._cdata for tensor in tensors)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._outside:  # an address may be given out again once its storage is dead
+                self._outside.add(key)
+                weakref.finalize(storage, self._outside.discard, key).atexit = False
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
