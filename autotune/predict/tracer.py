@@ -186,6 +186,8 @@ def _flash_backward_temporary(query: torch.Tensor, key: torch.Tensor, heads_firs
     return int(total)
 
 
+#: Operator → (where its query is, FLOPs for each element of the query and key row): two products, five backward.
+_FLASH_FLOPS = {"aten::_flash_attention_forward": (0, 4), "aten::_flash_attention_backward": (1, 10)}
 _VIEWS: dict[Any, bool] = {}
 
 
@@ -200,7 +202,11 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Any], out
     name = func.name()
     flops = 0
     kind = "memory"
-    if func._overloadpacket in flop_registry:
+    if name in _FLASH_FLOPS:  # (B, T, H, D), which torch's formula takes for (B, H, T, D)
+        kind = "attention"
+        query = args[_FLASH_FLOPS[name][0]]
+        flops = _FLASH_FLOPS[name][1] * query.numel() * query.size(1)
+    elif func._overloadpacket in flop_registry:
         kind = "attention" if "attention" in name else "matmul"
         flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result))
     elif name == "bitsandbytes::gemm_4bit":
