@@ -73,6 +73,9 @@ class DryRunner:
                 }
             )
         answer = self._wait(channel)
+        if "error" not in answer and "trace" not in answer:
+            self.close()
+            answer = {"error": "its process answered with something else than a trace"}
         if "error" in answer:
             why = self._failed[(source.fingerprint, config, kernels)] = (
                 f"{source.name} cannot be predicted: {answer['error']}"
@@ -89,7 +92,10 @@ class DryRunner:
             selector.register(channel, selectors.EVENT_READ)
             while time.monotonic() < deadline:
                 if selector.select(_POLL_S):
-                    messages, closed = channel.lines()
+                    try:
+                        messages, closed = channel.lines()
+                    except ValueError:
+                        messages, closed = [], True  # no JSON: not our worker
                     if messages:
                         return messages[0]
                     if closed:
