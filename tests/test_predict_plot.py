@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 import xml.dom.minidom
+from dataclasses import replace
 from fractions import Fraction
 
 from autotune.predict.kernels import KernelSet
 from autotune.predict.memory import forecast_memory
-from autotune.predict.plot import svg_of_step, svg_of_sweep, viewer_snapshot
+from autotune.predict.plot import _samples, svg_of_step, svg_of_sweep, viewer_snapshot
 from autotune.predict.trace import Block, Resident, Size, Trace
 from autotune.values import MIB, TrainingConfig
 
@@ -76,3 +77,18 @@ def test_parts_of_a_trace_made_by_hand_sum_to_its_peak() -> None:
     assert found.after_load_bytes == 9 * MIB
     assert found.peak_allocated_bytes == sum(found.parts.values()) == (8 + 1 + 1 + 2 + 1) * MIB
     assert found.parts["layer activations"] == 2 * MIB
+
+
+def test_accumulated_gradients_show_in_the_highest_moment() -> None:
+    config = replace(CONFIG, gradient_accumulation_steps=2)
+    highest = max(sum(sample.values()) for sample in _samples(a_trace(), config, KernelSet()))
+    assert highest == forecast_memory(a_trace(), config, KernelSet()).peak_allocated_bytes
+
+
+def test_torch_reads_the_history_and_its_frames_name_operators() -> None:
+    from torch.cuda import _memory_viz
+
+    history = pickle.loads(viewer_snapshot(a_trace(), CONFIG, KernelSet()))
+    assert "aten.mm" in {frame["name"] for event in history["device_traces"][0] for frame in event["frames"]}
+    assert _memory_viz.trace(history)
+    assert _memory_viz.segsum(history)

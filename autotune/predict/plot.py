@@ -34,40 +34,45 @@ _COLOURS = {
 
 
 def _states(trace: Trace, config: TrainingConfig, kernels: KernelSet) -> Iterator[Counter[str]]:
-    """What lives by part after each event of one micro batch and its optimizer step, residents included."""
+    """What lives by part after each event of one micro batch (two if gradients accumulate) and its optimizer step."""
     live: Counter[str] = Counter()
     for resident in trace.residents:
         live[resident.part] += rounded(resident.size_bytes)
     if kernels.cublas_workspace_bytes:
         live["library workspaces"] += 2 * rounded(kernels.cublas_workspace_bytes)
     first = trace.expand_optimizer(0)
-    for _, _, _ in _walk(first, Counter()):
+    for _ in _walk(first, Counter()):
         pass
     live["optimizer state"] += sum(rounded(first.size_of(slot)) for slot in first.survivors)
     yield Counter(live)
     expansion = trace.expand("first", config.micro_batch_size, config.sequence_length)
-    for _, _, _ in _walk(expansion, live):
+    for _ in _walk(expansion, live):
         yield live
-    for _, _, _ in _walk(trace.expand_optimizer(1), live):
+    if config.gradient_accumulation_steps > 1:  # the gradients of the first live through it
+        both = Counter(live)
+        for _ in _walk(trace.expand("next", config.micro_batch_size, config.sequence_length), both):
+            yield both
+    for _ in _walk(trace.expand_optimizer(1), live):
         yield live
 
 
-def _walk(expansion: Expansion, live: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """(part, bytes, slot) of each event, negative bytes where a storage dies; `live` is kept up to date."""
-    alive: dict[int, tuple[str, int]] = {}
+def _walk(expansion: Expansion, live: Counter[str]) -> Iterator[tuple[str, int, int, str]]:
+    """(part, bytes, slot, operator) of each event, negative bytes where a storage dies; `live` is kept up to date."""
+    alive: dict[int, tuple[str, int, str]] = {}
     for position, events in expansion.events():
         slot = base = expansion.slot_base(position)
+        operators = expansion.blocks[expansion.order[position].block].operators
         for event in events:
             if event >= 0:
-                alive[slot] = (expansion.part(position, slot - base), rounded(event))
-                part, size = alive[slot]
+                part, size, operator = expansion.part(position, slot - base), rounded(event), operators[slot - base]
+                alive[slot] = (part, size, operator)
                 live[part] += size
-                yield part, size, slot
+                yield part, size, slot, operator
                 slot += 1
             elif ~event in alive:
-                part, size = alive.pop(~event)
+                part, size, operator = alive.pop(~event)
                 live[part] -= size
-                yield part, -size, ~event
+                yield part, -size, ~event, operator
 
 
 def svg_of_step(
@@ -105,13 +110,15 @@ def svg_of_step(
         f'<text x="{_WIDTH - 188}" y="{_TOP + 11 + 22 * i}">{escape(text)}</text>'
         for i, (colour, text) in enumerate(reversed(legend))
     ]
-    return _svg(title, [*_axis(top), *shapes, *keys], "one micro batch, forward to backward, then the optimizer step")
+    batches = "two micro batches" if config.gradient_accumulation_steps > 1 else "one micro batch"
+    below_axis = f"GiB; {batches}, forward to backward, then the optimizer step"
+    return _svg(title, [*_axis(top), *shapes, *keys], below_axis)
 
 
 def _samples(trace: Trace, config: TrainingConfig, kernels: KernelSet) -> list[Counter[str]]:
-    """At most about `SAMPLES` moments: the highest of each run of events."""
+    """At most `SAMPLES` moments: the highest of each run of events."""
     count = sum(1 for _ in _states(trace, config, kernels))
-    run = max(1, count // SAMPLES)
+    run = -(-count // SAMPLES)
     out: list[Counter[str]] = []
     best = -1
     for i, state in enumerate(_states(trace, config, kernels)):
@@ -188,21 +195,21 @@ def viewer_snapshot(trace: Trace, config: TrainingConfig, kernels: KernelSet) ->
     address: dict[int, int] = {}
     free = 1 << 40
 
-    def record(action: str, where: int, size: int, part: str) -> None:
-        frames = [{"filename": part, "line": 0, "name": part}]
+    def record(action: str, where: int, size: int, part: str, operator: str) -> None:
+        frames = [{"filename": part, "line": 0, "name": operator or part}]
         events.append(
             {"action": action, "addr": where, "size": size, "stream": 0, "frames": frames, "time_us": len(events)}
         )
 
     for resident in trace.residents:
-        record("alloc", free, rounded(resident.size_bytes), resident.part)
+        record("alloc", free, rounded(resident.size_bytes), resident.part, "")
         free += rounded(resident.size_bytes)
-    for part, size, slot in _walk(expansion, Counter()):
+    for part, size, slot, operator in _walk(expansion, Counter()):
         if size > 0:
             address[slot] = free
-            record("alloc", free, size, part)
+            record("alloc", free, size, part, operator)
             free += size
         else:
-            record("free_requested", address[slot], -size, part)
-            record("free_completed", address[slot], -size, part)
+            record("free_requested", address[slot], -size, part, operator)
+            record("free_completed", address[slot], -size, part, operator)
     return pickle.dumps({"segments": [], "device_traces": [events], "allocator_settings": {}}, protocol=4)
