@@ -314,10 +314,11 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 def predict(case: Case, store: TraceStore) -> MemoryForecast:
     """The case's memory, from a trace in the store or a new one."""
-    return forecast_memory(_trace(case, store), case.config, case.kernels, limit_bytes=case.limit_bytes)
+    return forecast_memory(trace_of(case, store), case.config, case.kernels, limit_bytes=case.limit_bytes)
 
 
-def _trace(case: Case, store: TraceStore) -> Trace:
+def trace_of(case: Case, store: TraceStore) -> Trace:
+    """The case's trace, from the store or made and kept there."""
     source = resolve_model(case.model)
     trace = store.find(source, case.config, case.kernels)
     if trace is None:

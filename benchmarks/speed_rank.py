@@ -18,10 +18,8 @@ import click
 from autotune.hardware.cards import find_card
 from autotune.predict.steptime import INTERVAL, forecast_time
 from autotune.predict.store import TraceStore
-from autotune.predict.trace import Trace
 from autotune.values import TrainingConfig
-from autotune.workload.models import resolve_model
-from benchmarks.memory_accuracy import PUBLISHED, Case, LeftOut, case_of, read_published
+from benchmarks.memory_accuracy import PUBLISHED, Case, LeftOut, case_of, read_published, trace_of
 from benchmarks.records import one_line_errors, plain_table
 
 SMALLEST_GROUP = 5  # rows
@@ -135,7 +133,7 @@ def timed_rows(rows: Iterable[dict[str, str]]) -> tuple[list[Timed], list[LeftOu
 def predict(timed: Timed, store: TraceStore) -> Speed:
     """Both speeds of a config, from a trace in the store or a new one."""
     case = timed.case
-    forecast = forecast_time(_trace(case, store), case.config, find_card(timed.card).card)
+    forecast = forecast_time(trace_of(case, store), case.config, find_card(timed.card).card)
     upcast = f"upcast={case.config.upcast.value}"
     return Speed(
         card=timed.card,
@@ -145,17 +143,6 @@ def predict(timed: Timed, store: TraceStore) -> Speed:
         predicted=case.config.tokens_per_step / forecast.step_time_s,
         rows=len(timed.tokens_per_s),
     )
-
-
-def _trace(case: Case, store: TraceStore) -> Trace:
-    source = resolve_model(case.model)
-    trace = store.find(source, case.config, case.kernels)
-    if trace is None:
-        from autotune.predict.tracing import make_trace
-
-        trace = make_trace(source, case.config, case.kernels)
-        store.keep(source, case.config, case.kernels, trace)
-    return trace
 
 
 # Report

@@ -30,8 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def typed(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return python(folder, "from autotune.cli.main import main; main()", "estimate", *arguments)
+
+
+def python(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from autotune.cli.main import main; main()", "estimate", *arguments],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -70,15 +74,7 @@ def test_another_batch_and_length_need_no_torch(folder: Path) -> None:
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     traces = sorted((folder / "home" / "traces").iterdir())
-    ended = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "AUTOTUNE_HOME": str(folder / "home"), "HOME": str(folder)},
-        timeout=100,
-        check=False,
-    )
+    ended = python(folder, code)
     found = document(ended)
     assert sorted((folder / "home" / "traces").iterdir()) == traces
     first = json.loads((folder / "first.json").read_text())

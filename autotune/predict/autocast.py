@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch import library
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
-from torch.library import Library, fallthrough_kernel
 
 Target = Literal["cuda", "cpu"]
 
@@ -53,7 +53,7 @@ class _State:
 
 
 _state = _State()
-_libraries: list[Library] = []
+_libraries: list[library.Library] = []
 
 
 def is_on() -> bool:
@@ -102,9 +102,9 @@ def _switch(on: bool) -> None:
 def _register() -> None:
     if _libraries:
         return
-    fallback = Library("_", "IMPL", _KEY.name)
-    fallback.fallback(fallthrough_kernel)
-    aten = Library("aten", "IMPL", _KEY.name)
+    fallback = library.Library("_", "IMPL", _KEY.name)
+    fallback.fallback(library.fallthrough_kernel)
+    aten = library.Library("aten", "IMPL", _KEY.name)
     for names, policy in (
         (_LOWER, _lower_policy),
         (_FP32_CUDA, _float32_policy),
@@ -120,7 +120,7 @@ def _register() -> None:
 _wrapped: set[str] = set()
 
 
-def _wrap(library: Library, name: str, policy: Callable[..., Any]) -> None:
+def _wrap(registry: library.Library, name: str, policy: Callable[..., Any]) -> None:
     if name in _wrapped:
         return
     _wrapped.add(name)
@@ -131,7 +131,7 @@ def _wrap(library: Library, name: str, policy: Callable[..., Any]) -> None:
         with _ExcludeDispatchKeyGuard(DispatchKeySet(_KEY)):
             return policy(name, operator, args, kwargs)
 
-    library.impl(name, kernel)
+    registry.impl(name, kernel)
 
 
 def _lower_policy(name: str, operator: Any, args: Any, kwargs: Any) -> Any:

@@ -81,9 +81,10 @@ def _attention(
         attn_mask = autocast.lower(attn_mask)
     half = query.dtype in (torch.float16, torch.bfloat16)
     small_heads = max(query.size(-1), value.size(-1)) <= FLASH_HEAD_LIMIT
-    if kernels.kind == "cpu":
-        return _cpu_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if kernels.sdpa_flash and half and small_heads and attn_mask is None and query.size(-1) == value.size(-1):
+    one_width = query.size(-1) == value.size(-1)
+    if kernels.kind == "cpu" and not dropout_p and one_width:
+        return _cpu_flash(query, key, value, attn_mask, is_causal, scale)
+    if kernels.sdpa_flash and half and small_heads and attn_mask is None and one_width:
         width = query.size(-1)
         if width % 8:
             query, key, value = (functional.pad(t, [0, 8 - width % 8]) for t in (query, key, value))
@@ -93,7 +94,9 @@ def _attention(
         return out[..., :width]
     if kernels.sdpa_efficient:
         return _efficient_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    return _math_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    plain = torch.ops.aten._scaled_dot_product_attention_math
+    out = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
+    return out
 
 
 def _efficient_attention(
@@ -108,13 +111,10 @@ def _efficient_attention(
     groups = query.size(1) // key.size(1)
     if groups > 1:  # this kernel has no grouped heads: keys and values are repeated
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    bias = None
-    if mask is not None:
-        bias = mask
-        if mask.dtype == torch.bool:
-            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, -math.inf)
+    bias = _added(mask, query)
+    if bias is not None:
         if bias.size(-1) % 16:  # the kernel wants rows of a multiple of 16
-            bias = functional.pad(bias, [0, 16 - bias.size(-1) % 16])[..., : mask.size(-1)]
+            bias = functional.pad(bias, [0, 16 - bias.size(-1) % 16])[..., : key.size(2)]
         bias = bias.expand(query.size(0), query.size(1), query.size(2), key.size(2))
     saves = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -122,38 +122,24 @@ def _efficient_attention(
     return out
 
 
-def _cpu_attention(
+def _cpu_flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    dropout: float,
     causal: bool,
     scale: float | None,
-    grouped: bool,
 ) -> torch.Tensor:
-    if dropout or query.size(-1) != value.size(-1):
-        return _math_attention(query, key, value, mask, dropout, causal, scale, grouped)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, -math.inf)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out: torch.Tensor = flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]
+    out: torch.Tensor = flash(query, key, value, 0.0, causal, attn_mask=_added(mask, query), scale=scale)[0]
     return out
 
 
-def _math_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-    grouped: bool,
-) -> torch.Tensor:
-    math_path = torch.ops.aten._scaled_dot_product_attention_math
-    out: torch.Tensor = math_path(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=grouped)[0]
-    return out
+def _added(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """A mask of truths as one that is added to the scores: these kernels take no other."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)
 
 
 def _fused_dropout(
