@@ -95,8 +95,9 @@ def _attention(
     if kernels.sdpa_efficient:
         return _efficient_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     plain = torch.ops.aten._scaled_dot_product_attention_math
-    out = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)[0]
-    return out
+    attended: torch.Tensor
+    attended, _ = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return attended
 
 
 def _efficient_attention(
