@@ -20,8 +20,8 @@ from typing import Any
 import click
 
 from autotune.errors import AutotuneError
-from autotune.predict.kernels import KernelSet
-from autotune.predict.memory import MemoryForecast, forecast_memory
+from autotune.hardware.cards import find_card
+from autotune.predict.forecast import Forecast, Target, forecast, target_of_card
 from autotune.predict.store import TraceStore, library_versions
 from autotune.predict.trace import Trace
 from autotune.values import GIB, MIB, Attention, ModelSource, Quantization, Trainer, TrainingConfig, Upcast, to_json
@@ -34,10 +34,8 @@ PUBLISHED = Path(__file__).parent / "data" / "published-measurements.csv"
 #: |error| in %: (mean, worst), over the rows of one source that have a bar.
 BARS = {"allocated": (0.4, 2.0), "process": (3.0, 9.0)}
 
-T4 = KernelSet(sdpa_flash=False)
-T4_USABLE_BYTES = 14_912 * MIB  # what the boundary tests' notes say
-T4_CONTEXT_BYTES = 147_718_144  # 140.875 MiB, in the notes of every row of September 15 and later
-A100 = KernelSet()
+T4 = "Tesla T4"  # its 14,912 MiB and 140.875 MiB of context in the catalogue are those of the rows' notes
+A100 = "A100 80GB"
 
 MEASURES = ("after_load", "forward", "allocated", "reserved", "process")
 _TARGETS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -64,10 +62,8 @@ class Case:
     label: str
     model: str  # a catalogue id
     config: TrainingConfig
-    kernels: KernelSet
+    card: str  # as `--gpu` takes it
     measured: dict[str, float]
-    context_bytes: int | None = None  # None: process is not compared
-    limit_bytes: int | None = None  # what the card left to the allocator
     no_bar: str | None = None  # why its errors count for no bar
     fitcheck: dict[str, float] = field(default_factory=dict)  # FitCheck's own error in %, of allocated and process
 
@@ -147,7 +143,7 @@ def _t4_case(row: dict[str, str]) -> Case | LeftOut:
         source="FitCheck's T4 measurements (pypi fitcheck-llm 0.3.1)",
         label=_label(row),
         model=row["model"],
-        kernels=T4,
+        card=T4,
         config=TrainingConfig(
             sequence_length=int(row["seq_len"]),
             micro_batch_size=int(row["micro_batch"]),
@@ -166,8 +162,6 @@ def _t4_case(row: dict[str, str]) -> Case | LeftOut:
             trainer=Trainer.LOOP,
         ),
         measured=measured,
-        context_bytes=T4_CONTEXT_BYTES,
-        limit_bytes=T4_USABLE_BYTES - T4_CONTEXT_BYTES,
         fitcheck=fitcheck,
     )
 
@@ -192,7 +186,7 @@ def _fms_case(row: dict[str, str]) -> Case | LeftOut:
         source=source,
         label=_label(row),
         model=row["model"],
-        kernels=A100,
+        card=A100,
         config=TrainingConfig(
             sequence_length=int(row["seq_len"]),
             micro_batch_size=int(row["micro_batch"]),
@@ -236,16 +230,16 @@ def error_percent(predicted: float, published: float) -> float:
     return (predicted / published - 1) * 100
 
 
-def compare(case: Case, memory: MemoryForecast, accelerate_bytes: float | None = None) -> Result:
+def compare(case: Case, found: Forecast, accelerate_bytes: float | None = None) -> Result:
     """A prediction beside what was published of it."""
+    memory = found.memory
     predicted: dict[str, float] = {
         "after_load": memory.after_load_bytes,
         "forward": memory.forward_peak_allocated_bytes,
         "allocated": memory.peak_allocated_bytes,
         "reserved": memory.peak_reserved_bytes,
+        "process": found.device_used_bytes,
     }
-    if case.context_bytes is not None:
-        predicted["process"] = memory.peak_reserved_bytes + case.context_bytes
     told = case.measured
     allocated = told.get("allocated")
     return Result(
@@ -312,20 +306,24 @@ def _in_order(names: Iterable[str]) -> list[str]:
 # Predicting
 
 
-def predict(case: Case, store: TraceStore) -> MemoryForecast:
-    """The case's memory, from a trace in the store or a new one."""
-    return forecast_memory(trace_of(case, store), case.config, case.kernels, limit_bytes=case.limit_bytes)
+def predict(case: Case, store: TraceStore) -> Forecast:
+    """As `autotune estimate --config` does, from a trace in the store or a new one."""
+    return forecast(trace_of(case, store), case.config, target_of(case))
+
+
+def target_of(case: Case) -> Target:
+    return target_of_card(find_card(case.card).card)
 
 
 def trace_of(case: Case, store: TraceStore) -> Trace:
     """The case's trace, from the store or made and kept there."""
-    source = resolve_model(case.model)
-    trace = store.find(source, case.config, case.kernels)
+    source, kernels = resolve_model(case.model), target_of(case).kernels
+    trace = store.find(source, case.config, kernels)
     if trace is None:
         from autotune.predict.tracing import make_trace
 
-        trace = make_trace(source, case.config, case.kernels)
-        store.keep(source, case.config, case.kernels, trace)
+        trace = make_trace(source, case.config, kernels)
+        store.keep(source, case.config, kernels, trace)
     return trace
 
 
@@ -491,7 +489,7 @@ def _results(cases: Sequence[Case]) -> tuple[list[Result], list[LeftOut]]:
         for number, case in enumerate(cases, 1):
             click.echo(f"{number}/{len(cases)} {case.label}", err=True)
             try:
-                memory = predict(case, store)
+                found = predict(case, store)
             except (AutotuneError, RuntimeError, ValueError) as error:
                 if not case.no_bar:
                     raise
@@ -501,7 +499,7 @@ def _results(cases: Sequence[Case]) -> tuple[list[Result], list[LeftOut]]:
             key = (case.model, case.config.compute_dtype)
             if key not in others:
                 others[key] = accelerate_bytes(resolve_model(case.model), case.config.compute_dtype)
-            results.append(compare(case, memory, others[key]))
+            results.append(compare(case, found, others[key]))
     return results, refused
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 import pytest
 
+from autotune.predict.forecast import Forecast
 from autotune.predict.memory import MemoryForecast
-from autotune.values import GIB, MIB, Attention, Quantization, Trainer, Upcast
+from autotune.values import GIB, MIB, Attention, Quantization, Trainer, TrainingConfig, Upcast
 from benchmarks.memory_accuracy import (
     PUBLISHED,
-    T4_CONTEXT_BYTES,
     Case,
     LeftOut,
     Result,
@@ -28,6 +28,7 @@ from benchmarks.memory_accuracy import (
     note_gib,
     read_published,
     report,
+    target_of,
     write,
 )
 
@@ -50,13 +51,22 @@ def a_case(found: list[Case | LeftOut], quantization: Quantization) -> Case:
     return next(case for case in cases(found, "FitCheck") if case.config.quantization is quantization)
 
 
-def a_forecast(*, allocated: float, reserved: float) -> MemoryForecast:
-    return MemoryForecast(
+def a_forecast(config: TrainingConfig, *, allocated: float, used: float) -> Forecast:
+    memory = MemoryForecast(
         after_load_bytes=GIB,
         forward_peak_allocated_bytes=GIB,
         peak_allocated_bytes=int(allocated),
-        peak_reserved_bytes=int(reserved),
+        peak_reserved_bytes=int(used),
         evaluation_peak_allocated_bytes=GIB,
+    )
+    return Forecast(
+        config=config,
+        memory=memory,
+        device_used_bytes=int(used),
+        step_time_s=None,
+        intervals={},
+        capacity_bytes=None,
+        fits=None,
     )
 
 
@@ -114,7 +124,7 @@ def test_t4_rows_ran_a_plain_float16_loop(found: list[Case | LeftOut]) -> None:
         assert config.lora_alpha == 2 * config.lora_rank
         assert config.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
         assert not config.double_quant
-        assert not case.kernels.sdpa_flash
+        assert not target_of(case).kernels.sdpa_flash
         assert case.no_bar is None
 
 
@@ -125,13 +135,20 @@ def test_a_boundary_row_is_compared_by_process_alone(found: list[Case | LeftOut]
     assert boundary[0].fitcheck == {"process": pytest.approx((13695 * MIB / (13.3661 * GIB) - 1) * 100)}
 
 
+def test_the_card_of_the_t4_rows_is_the_catalogues(found: list[Case | LeftOut]) -> None:
+    target = target_of(cases(found, "FitCheck")[0])
+    assert target.capacity_bytes == 14_912 * MIB
+    assert target.context is not None
+    assert target.context.likely_bytes == 140.875 * MIB
+
+
 def test_fms_rows_have_no_bar_and_say_why(found: list[Case | LeftOut]) -> None:
     for case in cases(found, "fms"):
         assert case.config.attention is Attention.FLASH_ATTENTION_2
         assert case.config.lora_dropout == 0.1
         assert case.no_bar
         assert ("experts" in case.no_bar) == ("Mixtral" in case.model)
-        assert case.context_bytes is None
+        assert set(case.measured) == {"allocated"}
 
 
 def test_notes_give_bytes() -> None:
@@ -150,10 +167,10 @@ def test_an_error_is_signed_and_of_what_was_published() -> None:
     assert mean_and_worst([]) is None
 
 
-def test_process_is_reserved_and_the_context(found: list[Case | LeftOut]) -> None:
+def test_errors_are_of_allocated_and_of_what_the_card_holds(found: list[Case | LeftOut]) -> None:
     case = a_case(found, Quantization.NF4)
-    allocated, reserved = case.measured["allocated"], case.measured["process"] - T4_CONTEXT_BYTES
-    result = compare(case, a_forecast(allocated=allocated * 1.01, reserved=reserved), allocated * 4)
+    allocated, used = case.measured["allocated"], case.measured["process"]
+    result = compare(case, a_forecast(case.config, allocated=allocated * 1.01, used=used), allocated * 4)
     assert result.errors["allocated"] == pytest.approx(1, abs=1e-6)
     assert result.errors["process"] == pytest.approx(0, abs=1e-6)
     assert result.accelerate == pytest.approx(300)

@@ -13,12 +13,12 @@ import click
 from autotune.configfile import read_config
 from autotune.errors import InvalidRequest, NothingFits, UsageError
 from autotune.hardware.cards import find_card
+from autotune.hardware.select import headroom_of_card
 from autotune.hardware.sizes import format_bytes, parse_bytes
 from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, target_of_card
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunner
 from autotune.values import (
-    MIB,
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
     TRAINER_UPCAST,
@@ -128,7 +128,7 @@ def _question(options: dict[str, Any], target: Target) -> Question:
         compute_dtype="bfloat16" if card is None or "bfloat16" in card.dtypes else "float16",
         trainer=trainer,
     )
-    return Question(model=model, config=start, given=False, target=target)
+    return Question(model=model, config=start, given=False, target=with_headroom(target))
 
 
 def _predictor(question: Question, runner: DryRunner) -> Callable[[TrainingConfig], Forecast]:
@@ -161,7 +161,8 @@ def fastest(start: TrainingConfig, predict: Callable[[TrainingConfig], Forecast]
         allocator = AllocatorSetting.DEFAULT
         for config in family:
             seen.append(predict(replace(config, allocator=allocator)))
-            if not has_room(seen[-1]) and allocator is AllocatorSetting.DEFAULT:
+            tight = not has_room(seen[-1]) or seen[-1].memory.alloc_retries > 0
+            if tight and allocator is AllocatorSetting.DEFAULT:
                 allocator = AllocatorSetting.EXPANDABLE_SEGMENTS  # less is lost to fragments, from here on
                 seen.append(predict(replace(config, allocator=allocator)))
             if not has_room(seen[-1]):
@@ -175,11 +176,15 @@ def fastest(start: TrainingConfig, predict: Callable[[TrainingConfig], Forecast]
 
 
 def has_room(found: Forecast) -> bool:
-    """Whether it fits with the headroom that a fit keeps: 2 %, at least 256 MiB; of the CPU's limit none."""
-    if found.capacity_bytes is None:
-        return True
-    kept = max(found.capacity_bytes // 50, 256 * MIB) if found.step_time_s is not None else 0
-    return found.device_used_bytes + kept <= found.capacity_bytes
+    """Whether it fits beside the target's headroom; what is not known does not stand in the way."""
+    return found.fits is not False
+
+
+def with_headroom(target: Target) -> Target:
+    """The target with the headroom that a fit keeps of a card; of the CPU's limit none."""
+    if target.capacity_bytes is None or target.card is None:
+        return target
+    return replace(target, headroom_bytes=headroom_of_card(target.capacity_bytes))
 
 
 def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) -> None:

@@ -46,9 +46,12 @@ def usable(devices: Sequence[Device]) -> list[Device]:
 
 def default_headroom_bytes(device: Device) -> int:
     """What is kept free: on a GPU 2 % of its memory, at least 256 MiB; on the CPU nothing."""
-    if device.kind == "cpu":
-        return 0
-    return max((device.total_bytes or 0) // 50, _MIN_GPU_HEADROOM_BYTES)
+    return 0 if device.kind == "cpu" else headroom_of_card(device.total_bytes or 0)
+
+
+def headroom_of_card(memory_bytes: int) -> int:
+    """2 % of a card's memory, at least 256 MiB."""
+    return max(memory_bytes // 50, _MIN_GPU_HEADROOM_BYTES)
 
 
 def check_memory_limit(limit_bytes: int, device: Device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from autotune.hardware.cards import Card
+from autotune.predict.allocator import OutOfMemory
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.memory import MemoryForecast, forecast_memory
 from autotune.predict.trace import Trace
@@ -55,6 +56,7 @@ class Target:
     name: str
     kernels: KernelSet
     capacity_bytes: int | None  # memory as a program sees it; None: not known
+    headroom_bytes: int = 0  # of that, what is to stay free
     context: Context | None = None  # None: nothing beside tensors (the CPU)
     card: Card | None = None
 
@@ -94,11 +96,7 @@ class Forecast:
     step_time_s: float | None
     intervals: dict[str, tuple[float, float]]
     capacity_bytes: int | None
-
-    @property
-    def fits(self) -> bool | None:
-        """By what the card would hold in use: tensors, the allocator's unavoidable rest, the context."""
-        return None if self.capacity_bytes is None else self.device_used_bytes <= self.capacity_bytes
+    fits: bool | None  # by tensors, what the allocator cannot give back, the context; None: capacity not known
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -115,7 +113,7 @@ class Forecast:
 
 def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     """Predict one config. Raises `NotAlike` for a trace that does not hold at its B and T."""
-    memory = forecast_memory(trace, config, target.kernels)
+    memory, fits = _memory_of(trace, config, target)
     context = target.context
     reserved = memory.peak_reserved_bytes
     if target.kernels.kind == "cpu":
@@ -145,7 +143,27 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
         step_time_s=step_time,
         intervals={name: (int(a), int(b)) if name.endswith("_bytes") else (a, b) for name, (a, b) in intervals.items()},
         capacity_bytes=target.capacity_bytes,
+        fits=fits,
     )
+
+
+def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[MemoryForecast, bool | None]:
+    """Memory on this target, and whether it fits: what the allocator would only cache it gives back at the limit."""
+    memory = forecast_memory(trace, config, target.kernels)
+    if target.capacity_bytes is None:
+        return memory, None
+    outside = memory.paged_bytes + (target.context.likely_bytes if target.context else 0)
+    left = target.capacity_bytes - target.headroom_bytes - outside
+    if target.kernels.kind == "cpu":
+        return memory, memory.peak_allocated_bytes <= left
+    if memory.peak_reserved_bytes <= left:
+        return memory, True
+    if memory.peak_allocated_bytes > left:
+        return memory, False
+    try:
+        return forecast_memory(trace, config, target.kernels, limit_bytes=left), True
+    except OutOfMemory:
+        return memory, False
 
 
 def cannot_fit(found: Forecast, limit_bytes: int) -> bool:

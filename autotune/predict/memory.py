@@ -12,6 +12,7 @@ from autotune.predict.trace import Expansion, NotAlike, Trace
 from autotune.values import AllocatorSetting, TrainingConfig
 
 ROUNDING = 512
+WARM_UP_LEAVES = 1_288_490_188  # 1.2 GiB free: transformers' caching_allocator_warmup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class MemoryForecast:
     evaluation_peak_allocated_bytes: int
     parts: dict[str, int] = field(default_factory=dict)
     paged_bytes: int = 0
+    alloc_retries: int = 0  # times that the allocator had to give its cache back: each costs a step some time
 
 
 def rounded(size: int) -> int:
@@ -47,7 +49,7 @@ class _Run:
     """One run in the simulator; `residents` says what lives besides the program at hand, by part."""
 
     def __init__(self, trace: Trace, config: TrainingConfig, kernels: KernelSet, limit_bytes: int | None) -> None:
-        self.trace, self.config, self.kernels = trace, config, kernels
+        self.trace, self.config, self.kernels, self.limit_bytes = trace, config, kernels, limit_bytes
         self.allocator = CachingAllocator(
             limit_bytes=limit_bytes,
             expandable_segments=config.allocator is AllocatorSetting.EXPANDABLE_SEGMENTS,
@@ -83,6 +85,7 @@ class _Run:
             evaluation_peak_allocated_bytes=self.program_peak,
             parts=self._parts_at_peak(),
             paged_bytes=self.trace.paged_bytes,
+            alloc_retries=self.allocator.num_alloc_retries,
         )
 
     def _replay(self, events: list[int]) -> None:
@@ -98,7 +101,10 @@ class _Run:
         """As from_pretrained does: one warm-up block, then tensor by tensor, quantised as they come; then dtypes."""
         base = [r for r in self.trace.residents if r.part != "adapters"]
         if self.kernels.kind == "cuda":
-            self._replay([sum(r.before_bytes or r.size_bytes for r in base), ~self.slot])
+            warm_up = sum(r.before_bytes or r.size_bytes for r in base)
+            if self.limit_bytes is not None:
+                warm_up = min(warm_up, max(0, self.limit_bytes - WARM_UP_LEAVES))
+            self._replay([warm_up, ~self.slot])
         replaced: list[tuple[int, int]] = []  # (slot, final bytes)
         for resident in base:
             if resident.load_bytes:
