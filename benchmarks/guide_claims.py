@@ -14,7 +14,7 @@ from autotune.hardware.cards import find_card
 from autotune.predict.forecast import Forecast, forecast, target_of_card
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunner
-from autotune.values import GIB, MIB, LossPath, TrainingConfig, Upcast
+from autotune.values import GIB, LossPath, TrainingConfig, Upcast
 from autotune.workload.models import resolve_model
 from gpu_db.store import default_home
 
@@ -117,7 +117,7 @@ def main() -> None:
         runner.close()
     print(f"\nPredicted, not measured: {MODEL}'s shape, NF4 with double quantisation, rank 16 on all linear layers,")
     print(f"{START.optimizer}. Unsloth's speed and FlashAttention 2 on the newest cards are not judged here.")
-    print(f"Context of a card without a measurement: {450 * MIB // MIB} MiB.")
+    print("CUDA contexts are those of `python -m benchmarks.contexts`.")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from autotune.hardware.cards import Card
 from autotune.predict.allocator import OutOfMemory
+from autotune.predict.context import Context, context_of
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.memory import MemoryForecast, forecast_memory
 from autotune.predict.trace import Trace
@@ -15,38 +16,6 @@ from autotune.values import MIB, Prediction, TrainingConfig
 ALLOCATED_INTERVAL = 0.01
 #: Of reserved memory: fragmentation depends on what ran before, below and above what is predicted.
 RESERVED_INTERVAL = (0.03, 0.08)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
-    """What a CUDA or HIP context and its loaded modules take: (low, likely, high) bytes and where that is from."""
-
-    low_bytes: int
-    likely_bytes: int
-    high_bytes: int
-    source: str
-
-
-_CONTEXTS: dict[str, Context] = {
-    "7.5": Context(
-        low_bytes=105 * MIB,
-        likely_bytes=147_718_144,
-        high_bytes=300 * MIB,
-        source="measured on a T4, torch 2.10-2.14: 140.875 MiB after the first kernels (fitcheck-llm 0.3.1's data)",
-    ),
-    "8.9": Context(
-        low_bytes=290 * MIB,
-        likely_bytes=426 * MIB,
-        high_bytes=560 * MIB,
-        source="measured on an RTX 6000 Ada: 426 MiB, torch 2.10 cu130",
-    ),
-}
-_USUAL = Context(
-    low_bytes=250 * MIB,
-    likely_bytes=450 * MIB,
-    high_bytes=700 * MIB,
-    source="usual of lazily loaded modules: 300-500 MiB on data-centre cards; not measured for this architecture",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +36,7 @@ def target_of_card(card: Card) -> Target:
         name=card.name,
         kernels=kernels_of(card),
         capacity_bytes=card.memory_bytes,
-        context=_CONTEXTS.get(card.compute_capability or "", _USUAL),
+        context=context_of(card),
         card=card,
     )
 

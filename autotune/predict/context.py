@@ -1,0 +1,90 @@
+"""What a CUDA or HIP context and its loaded modules take on a card, before anything was measured on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autotune.hardware.cards import Card
+from autotune.values import MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What a CUDA or HIP context and its loaded modules take: (low, likely, high) bytes and where that is from."""
+
+    low_bytes: int
+    likely_bytes: int
+    high_bytes: int
+    source: str
+
+
+#: Threads that a multiprocessor holds at once (CUDA C++ Programming Guide, specifications per compute capability).
+_RESIDENT_THREADS = {
+    **dict.fromkeys(("6.0", "6.1", "7.0", "8.0", "9.0", "10.0", "10.3"), 2048),
+    **dict.fromkeys(("8.6", "8.9", "12.0", "12.1"), 1536),
+    "7.5": 1024,
+}
+#: A context holds local memory for every thread that the card can hold at once (an NVIDIA engineer, developer forum,
+#: "Local memory management", 289339), and modules: a fixed part. Both are fitted to 49 out-of-memory messages from
+#: 17 cards, sm70 to sm120, torch 2.1 to 2.8 and later, in benchmarks/data/contexts.csv: memory of the process less
+#: what PyTorch had reserved, ±15 MiB. The medians of 15 cards lie within 11 % of it, of the RTX 6000 Ada and the
+#: H200 15 % below; 48 messages lie within `_SPREAD`, one of a T4 below. Table: `python -m benchmarks.contexts`.
+_FIXED_BYTES = 60 * MIB
+_BYTES_PER_THREAD = 2150  # 2.1 MiB for 1,024 threads
+_SPREAD = (0.75, 1.35)
+
+#: Measured, where better than fitted; AMD by target, NVIDIA by name.
+_MEASURED: dict[str, Context] = {
+    "Tesla T4": Context(
+        low_bytes=100 * MIB,
+        likely_bytes=147_718_144,
+        high_bytes=300 * MIB,
+        source="measured on a T4, torch 2.10-2.14: 140.875 MiB after the first kernels (fitcheck-llm 0.3.1's data);"
+        " 100 to 164 MiB in 4 out-of-memory messages",
+    ),
+    "NVIDIA RTX 6000 Ada Generation": Context(
+        low_bytes=380 * MIB,
+        likely_bytes=426 * MIB,
+        high_bytes=560 * MIB,
+        source="measured on an RTX 6000 Ada: 426 MiB, torch 2.10 cu130; 429 MiB in an out-of-memory message",
+    ),
+    "gfx942": Context(
+        low_bytes=250 * MIB,
+        likely_bytes=460 * MIB,
+        high_bytes=700 * MIB,
+        source="460 MiB of an MI300X in use that PyTorch had not reserved, in 1 out-of-memory message; HIP names no"
+        " process, so others' memory is in it",
+    ),
+    "gfx1100": Context(
+        low_bytes=150 * MIB,
+        likely_bytes=304 * MIB,
+        high_bytes=700 * MIB,
+        source="304 MiB of an RX 7900 XTX in use that PyTorch had not reserved, in 1 out-of-memory message; HIP names"
+        " no process, so others' memory is in it",
+    ),
+}
+_USUAL = Context(
+    low_bytes=250 * MIB,
+    likely_bytes=450 * MIB,
+    high_bytes=700 * MIB,
+    source="usual of lazily loaded modules: 300-500 MiB on data-centre cards; not measured for this architecture",
+)
+
+
+def context_of(card: Card) -> Context:
+    """Measured on such a card, or as its resident threads say, or the usual."""
+    capability = card.compute_capability or ""
+    known = _MEASURED.get(card.name) or _MEASURED.get(capability)
+    if known:
+        return known
+    threads = _RESIDENT_THREADS.get(capability)
+    if threads is None:
+        return _USUAL
+    likely = _FIXED_BYTES + _BYTES_PER_THREAD * threads * card.sm_count
+    return Context(
+        low_bytes=round(likely * _SPREAD[0]),
+        likely_bytes=likely,
+        high_bytes=round(likely * _SPREAD[1]),
+        source=f"fitted to out-of-memory messages of 17 cards: 60 MiB and 2.1 KiB for each of"
+        f" {threads * card.sm_count:,} resident threads",
+    )
