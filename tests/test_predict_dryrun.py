@@ -14,7 +14,7 @@ from autotune.predict.distill import SizeTable, fit, raw_blocks
 from autotune.predict.dryrun import DryRun
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.memory import ROUNDING, forecast_memory, rounded
-from autotune.predict.trace import Expansion, Trace, from_document, to_document
+from autotune.predict.trace import Expansion, NotAlike, Trace, from_document, to_document
 from autotune.values import LossPath, ModelSource, TrainingConfig
 from autotune.workload.build import build_base
 from autotune.workload.step import TrainingStep
@@ -153,9 +153,18 @@ def test_a_trace_holds_at_other_points_to_the_byte(changes: dict[str, Any]) -> N
     general = tracing._traced(source, config, CUDA, tracing._points(config, source), False)
     own = tracing._traced(source, config, CUDA, [(config.micro_batch_size, config.sequence_length)], False)
     assert general.point is None
-    # What a chunk of the loss keeps until all are done is repeated with the kept chunks' own order: near, not exact.
-    tolerance = 0.02 if config.loss is LossPath.CHUNKED else 0.0
-    assert both_bytes(general, config) == pytest.approx(both_bytes(own, config), rel=tolerance, abs=0)
+    assert both_bytes(general, config) == both_bytes(own, config)
+
+
+def test_fewer_chunks_than_were_traced_take_hardly_less() -> None:
+    source, config = a_model("llama"), a_dry_config(loss=LossPath.CHUNKED, gradient_checkpointing="full")
+    general = tracing._traced(source, config, CUDA, tracing._points(config, source), False)
+    own = tracing._traced(source, config, CUDA, [(2, 128)], False)
+    (most, reserved), (least, reserved_too) = both_bytes(general, config), both_bytes(own, config)
+    assert least <= most <= least * 1.01
+    assert reserved == reserved_too
+    with pytest.raises(NotAlike):
+        general.expand("first", 1, 128)  # half a chunk
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "full"])

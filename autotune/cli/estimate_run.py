@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,14 @@ from autotune.errors import InvalidRequest, NothingFits, UsageError
 from autotune.hardware.cards import find_card
 from autotune.hardware.select import headroom_of_card
 from autotune.hardware.sizes import format_bytes, parse_bytes
-from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, target_of_card
+from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, forecast_step, target_of_card
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunner
+from autotune.search.quickest import Predict, families, fastest
 from autotune.values import (
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
     TRAINER_UPCAST,
-    AllocatorSetting,
-    LossPath,
     ModelSource,
     Trainer,
     TrainingConfig,
@@ -32,7 +30,6 @@ from autotune.values import (
 from autotune.workload.models import check_sequence_length, resolve_model
 
 SCHEMA = "autotune.estimate/1"
-LARGEST_MICRO_BATCH = 64
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
 _NAMES = (
     "after_load_bytes",
@@ -131,53 +128,21 @@ def _question(options: dict[str, Any], target: Target) -> Question:
     return Question(model=model, config=start, given=False, target=with_headroom(target))
 
 
-def _predictor(question: Question, runner: DryRunner) -> Callable[[TrainingConfig], Forecast]:
+def _predictor(question: Question, runner: DryRunner) -> Predict:
     target = question.target
     return lambda config: forecast(runner.trace(question.model, config, target.kernels), config, target)
 
 
-def candidates(start: TrainingConfig) -> Iterator[list[TrainingConfig]]:
-    """Families of configs at the start's effective batch, each from the smallest micro batch up."""
-    batch = start.effective_batch_size
-    sizes = [n for n in range(1, min(batch, LARGEST_MICRO_BATCH) + 1) if batch % n == 0]
-    for checkpointing in ("off", "full"):
-        for loss in dict.fromkeys([start.loss, LossPath.CHUNKED]):
-            yield [
-                replace(
-                    start,
-                    micro_batch_size=size,
-                    gradient_accumulation_steps=batch // size,
-                    gradient_checkpointing=checkpointing,
-                    loss=loss,
-                )
-                for size in sizes
-            ]
+def _fastest(question: Question, runner: DryRunner, start: TrainingConfig) -> tuple[Forecast, list[Forecast]]:
+    """The search; the traces of all its configs are made first, side by side."""
+    model, target = question.model, question.target
+    runner.prepare(model, [config for family in families(start) for config in family], target.kernels)
 
+    def seconds(config: TrainingConfig) -> float | None:
+        time = forecast_step(runner.trace(model, config, target.kernels), config, target)
+        return time.step_time_s if time else None
 
-def fastest(start: TrainingConfig, predict: Callable[[TrainingConfig], Forecast]) -> tuple[Forecast, list[Forecast]]:
-    """(the fastest predicted to fit with the usual headroom, or the one that needs least; all that were predicted)."""
-    seen: list[Forecast] = []
-    for family in candidates(start):
-        allocator = AllocatorSetting.DEFAULT
-        for config in family:
-            seen.append(predict(replace(config, allocator=allocator)))
-            tight = not has_room(seen[-1]) or seen[-1].memory.alloc_retries > 0
-            if tight and allocator is AllocatorSetting.DEFAULT:
-                allocator = AllocatorSetting.EXPANDABLE_SEGMENTS  # less is lost to fragments, from here on
-                seen.append(predict(replace(config, allocator=allocator)))
-            if not has_room(seen[-1]):
-                break
-    fitting = [found for found in seen if has_room(found)]
-    if fitting:
-        quickest = min(found.step_time_s or 0.0 for found in fitting)
-        ties = [found for found in fitting if (found.step_time_s or 0.0) <= quickest * 1.01]
-        return min(ties, key=lambda found: found.device_used_bytes), seen
-    return min(seen, key=lambda found: found.device_used_bytes), seen
-
-
-def has_room(found: Forecast) -> bool:
-    """Whether it fits beside the target's headroom; what is not known does not stand in the way."""
-    return found.fits is not False
+    return fastest(start, _predictor(question, runner), seconds)
 
 
 def with_headroom(target: Target) -> Target:
@@ -193,7 +158,7 @@ def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) ->
     if question.given:
         found = predict(question.config)
     else:
-        found, seen = fastest(question.config, predict)
+        found, seen = _fastest(question, runner, question.config)
     _write_files(question, runner, found, options)
     if options["as_json"]:
         click.echo(json.dumps(document(question, found, seen), indent=2, allow_nan=False))
@@ -201,7 +166,7 @@ def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) ->
         from autotune.cli.estimate_text import print_estimate
 
         print_estimate(question.model.name, question.target, found)
-    if not question.given and not has_room(found):
+    if not question.given and found.fits is False:
         raise NothingFits(
             f"nothing is predicted to fit: the least needs {format_bytes(found.device_used_bytes)} of"
             f" {format_bytes(question.target.capacity_bytes)}. Try a shorter --sequence-length, a smaller --model or a"
@@ -283,7 +248,7 @@ def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> No
     for length in sweep_values(options["sweep"]):
         check_sequence_length(question.model, length)
         config = replace(question.config, sequence_length=length)
-        rows.append(predict(config) if question.given else fastest(config, predict)[0])
+        rows.append(predict(config) if question.given else _fastest(question, runner, config)[0])
     if options["plot"]:
         from autotune.predict.plot import svg_of_sweep
 

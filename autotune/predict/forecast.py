@@ -9,6 +9,7 @@ from autotune.predict.allocator import OutOfMemory
 from autotune.predict.context import Context, context_of
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.memory import MemoryForecast, forecast_memory
+from autotune.predict.steptime import TimeForecast, forecast_time
 from autotune.predict.trace import Trace
 from autotune.values import MIB, Prediction, TrainingConfig
 
@@ -97,10 +98,8 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     intervals["peak_reserved_bytes"] = (reserved * (1 - RESERVED_INTERVAL[0]), reserved * (1 + RESERVED_INTERVAL[1]))
     intervals["device_used_bytes"] = (min(low, likely), max(high, likely))
     step_time = None
-    if target.card is not None:
-        from autotune.predict.steptime import forecast_time
-
-        time = forecast_time(trace, config, target.card)
+    time = forecast_step(trace, config, target)
+    if time is not None:
         step_time = time.step_time_s
         intervals["step_time_s"] = (time.low_s, time.high_s)
         tokens = config.tokens_per_step
@@ -114,6 +113,11 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
         capacity_bytes=target.capacity_bytes,
         fits=fits,
     )
+
+
+def forecast_step(trace: Trace, config: TrainingConfig, target: Target) -> TimeForecast | None:
+    """The time alone, which is quick; None where the card is not known."""
+    return None if target.card is None else forecast_time(trace, config, target.card)
 
 
 def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[MemoryForecast, bool | None]:

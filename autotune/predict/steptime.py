@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from autotune.hardware.cards import Card
-from autotune.predict.trace import Expansion, Trace, WorkSum, monomials
+from autotune.predict.trace import Expansion, Trace, WorkSum, loop_of, monomials
 from autotune.values import Attention, TrainingConfig
 
 _SIXTEEN_BITS = ("float16", "bfloat16")
@@ -69,7 +69,10 @@ def forecast_time(
     """
     clock = _Clock(config, card, efficiency or Efficiency(), learned_factor)
     batch, tokens = config.micro_batch_size, config.sequence_length
-    micro = clock.by_kind(trace.expand("first", batch, tokens), monomials(batch, tokens))
+    expansion = trace.expand("first", batch, tokens)
+    expanded = trace.totals(batch, tokens)["chunks"]
+    chunk_share = trace.chunks(batch, tokens) / expanded if expanded else 1.0
+    micro = clock.by_kind(expansion, monomials(batch, tokens), chunk_share)
     optimizer = sum(clock.by_kind(trace.expand_optimizer(1), monomials(1, 1)).values())
     by_kind = {kind: seconds * config.gradient_accumulation_steps for kind, seconds in micro.items()}
     by_kind["optimizer"] = optimizer
@@ -92,14 +95,15 @@ class _Clock:
         flash = config.attention is Attention.FLASH_ATTENTION_2 or card.attention.sdpa_flash
         self.attention = (reached.flash if flash else reached.efficient) / reached.causal
 
-    def by_kind(self, expansion: Expansion, values: tuple[int, ...]) -> dict[str, float]:
-        """Each block is reckoned once and counted as often as it stands in the step."""
+    def by_kind(self, expansion: Expansion, values: tuple[int, ...], chunk_share: float = 1.0) -> dict[str, float]:
+        """Each block is reckoned once and counted as often as it stands in the step; of the loss's chunks a share."""
         found: dict[str, float] = {}
         operators: Counter[str] = Counter()
         for number, times in Counter(item.block for item in expansion.order).items():
             block = expansion.blocks[number]
+            share = times * (chunk_share if loop_of(block.name) == "chunks" else 1.0) * self.factor
             for work in block.works:
-                found[work.kind] = found.get(work.kind, 0.0) + self.seconds(work, values) * times * self.factor
+                found[work.kind] = found.get(work.kind, 0.0) + self.seconds(work, values) * share
             for operator in block.operators:
                 operators[operator.split(".")[1] if "bitsandbytes." in operator else ""] += times
         # A product with 4-bit weights dequantises them first: as often again as the backward does on its own.

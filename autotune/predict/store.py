@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from autotune.predict.kernels import KernelSet
-from autotune.predict.trace import FORMAT, NotAlike, Trace, from_document, to_document
+from autotune.predict.trace import FORMAT, Trace, from_document, to_document
 from autotune.values import ModelSource, TrainingConfig, to_json
 
 #: Settings that a trace does not depend on, or that are its variables.
@@ -51,23 +51,26 @@ class TraceStore:
 
     def __init__(self, folder: Path, versions: dict[str, str | None] | None = None) -> None:
         self.folder = folder
+        self._loaded: dict[Path, Trace] = {}
         self._versions = library_versions() if versions is None else versions
 
     def find(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace | None:
         """The trace that holds at the config's B and T, or None."""
         for own_point in (False, True):
-            path = self._path(source, config, kernels, own_point)
+            path = self.path(source, config, kernels, own_point)
             try:
-                trace = from_document(json.loads(gzip.decompress(path.read_bytes())))
-                trace.expand("first", config.micro_batch_size, config.sequence_length)
+                if path not in self._loaded:
+                    self._loaded[path] = from_document(json.loads(gzip.decompress(path.read_bytes())))
+                self._loaded[path].expand("first", config.micro_batch_size, config.sequence_length)
             except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError):
                 continue
-            return trace
+            return self._loaded[path]
         return None
 
     def keep(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, trace: Trace) -> None:
         """Written whole or not at all; a folder that cannot be written to costs the next command its time."""
-        path = self._path(source, config, kernels, trace.point is not None)
+        path = self.path(source, config, kernels, trace.point is not None)
+        self._loaded[path] = trace
         data = gzip.compress(json.dumps(to_document(trace), separators=(",", ":")).encode(), compresslevel=1)
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,21 +78,14 @@ class TraceStore:
                 file.write(data)
             os.replace(file.name, path)
 
-    def _path(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, own_point: bool) -> Path:
+    def path(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, own_point: bool) -> Path:
+        """Where the trace of the config's class is kept, or the one that holds for its own B and T alone."""
         settings = {key: value for key, value in to_json(config).items() if key not in _FREE}
         point = (config.micro_batch_size, config.sequence_length) if own_point else None
         where = class_of(source, config.micro_batch_size, config.sequence_length)
-        key = [source.fingerprint, settings, dataclasses.asdict(kernels), where, point, self._versions, FORMAT]
+        picked = {k: v for k, v in dataclasses.asdict(kernels).items() if k != "cublas_workspace_bytes"}
+        key = [source.fingerprint, settings, picked, where, point, self._versions, FORMAT]
         return self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json.gz"
-
-
-def holds(trace: Trace, config: TrainingConfig) -> bool:
-    """Whether a trace can be used at the config's B and T."""
-    try:
-        trace.expand("first", config.micro_batch_size, config.sequence_length)
-    except NotAlike:
-        return False
-    return True
 
 
 def library_versions() -> dict[str, str | None]:

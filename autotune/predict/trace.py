@@ -264,18 +264,23 @@ class Trace:
     paged_bytes: int = 0  # optimizer state in managed memory, which no allocator counts
 
     def totals(self, batch: int, tokens: int) -> dict[str, int]:
+        """Layers, and chunks of the loss: never fewer than were traced, for each lives by itself and takes as much."""
         layers = self.loops.get("layers")
         loop = self.loops.get("chunks")
-        chunks = -(-batch * tokens // self.chunk_tokens) * loop.period if loop and self.chunk_tokens else 0
+        chunks = max(self.chunks(batch, tokens), loop.kept) if loop and self.chunk_tokens else 0
         return {"layers": (layers.total or 0) if layers else 0, "chunks": chunks}
+
+    def chunks(self, batch: int, tokens: int) -> int:
+        """Chunks that the loss really has; 0: it has none."""
+        loop = self.loops.get("chunks")
+        return -(-batch * tokens // self.chunk_tokens) * loop.period if loop and self.chunk_tokens else 0
 
     def expand(self, program: str, batch: int, tokens: int, first_slot: int = 0) -> Expansion:
         if self.point is not None and self.point != (batch, tokens):
             raise NotAlike(f"traced at {self.point} alone")
+        if batch * tokens < self.chunk_tokens:
+            raise NotAlike(f"{batch * tokens} tokens are fewer than a chunk of the loss")
         values, totals = monomials(batch, tokens), self.totals(batch, tokens)
-        chunks = self.loops.get("chunks")
-        if chunks is not None and totals["chunks"] < chunks.kept:
-            raise NotAlike(f"{totals['chunks']} chunks of the loss are fewer than were traced")
         sizes = [size.at(values) for size in self.sizes]
         return Expansion(self.programs[program], self.loops, totals, sizes, first_slot)
 

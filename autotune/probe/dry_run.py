@@ -10,21 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from autotune.errors import Interrupted, InvalidRequest
 from autotune.predict.kernels import KernelSet
-from autotune.predict.store import TraceStore, holds
+from autotune.predict.store import TraceStore
 from autotune.predict.trace import Trace, from_document
 from autotune.probe.channel import Channel, Message
 from autotune.probe.executor import end_tree
 from autotune.values import ModelSource, TrainingConfig, to_json
 
 LIMIT_S = 240.0  # for one trace, imports included
+WORKERS = 2  # a worker holds the training libraries, 0.5 GiB of memory
 _POLL_S = 0.2
 _BOOTSTRAP = Path(__file__).with_name("bootstrap.py")
+_DIED = {"error": "the dry run's process died; `autotune doctor` looks at this environment"}
 
 
 class DryRunFailed(InvalidRequest):
@@ -40,78 +42,88 @@ class DryRunner:
         self._store = store
         self._python = python or sys.executable
         self._stop = stop
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._known: dict[tuple[str, TrainingConfig, KernelSet], Trace] = {}
+        self._workers: list[_Worker] = []
         self._failed: dict[tuple[str, TrainingConfig, KernelSet], str] = {}
         self.made = 0  # traces that a worker made
 
     def trace(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace:
         """The trace for this config. Raises `DryRunFailed`, `Interrupted`."""
+        self.prepare(source, [config], kernels)
         key = (source.fingerprint, config, kernels)
-        if key in self._failed:
-            raise DryRunFailed(self._failed[key])
-        if key not in self._known:
-            found = self._store.find(source, config, kernels)
-            if found is None:
-                found = self._ask(source, config, kernels, own_point=False)
-                if not holds(found, config):
-                    found = self._ask(source, config, kernels, own_point=True)
-            self._known[key] = found
-        return self._known[key]
+        found = None if key in self._failed else self._store.find(source, config, kernels)
+        if found is None:
+            raise DryRunFailed(self._failed.get(key, f"{source.name} cannot be predicted at this length and batch"))
+        return found
 
-    def _ask(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, *, own_point: bool) -> Trace:
-        channel = self._start()
-        with contextlib.suppress(ConnectionError):
-            channel.send(
-                {
-                    "model": to_json(source),
-                    "config": to_json(config),
-                    "kernels": asdict(kernels),
-                    "own_point": own_point,
-                }
-            )
-        answer = self._wait(channel)
-        if "error" not in answer and "trace" not in answer:
-            self.close()
-            answer = {"error": "its process answered with something else than a trace"}
-        if "error" in answer:
-            why = self._failed[(source.fingerprint, config, kernels)] = (
-                f"{source.name} cannot be predicted: {answer['error']}"
-            )
-            raise DryRunFailed(why)
+    def prepare(self, source: ModelSource, configs: Iterable[TrainingConfig], kernels: KernelSet) -> None:
+        """Make the traces of several configs, side by side; one that cannot be made is for `trace` to say.
+
+        Raises `Interrupted`.
+        """
+        missing = [c for c in configs if (source.fingerprint, c, kernels) not in self._failed]
+        for own_point in (False, True):  # a trace of a class that does not hold here: one of this point alone
+            missing = [c for c in missing if self._store.find(source, c, kernels) is None]
+            of_class = {self._store.path(source, c, kernels, own_point): c for c in missing}
+            for config, answer in self._answers(source, list(of_class.values()), kernels, own_point=own_point):
+                self._take(source, config, kernels, answer)
+            missing = [c for c in missing if (source.fingerprint, c, kernels) not in self._failed]
+
+    def _take(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, answer: Message) -> None:
+        if "trace" not in answer:
+            why = answer.get("error", "its process answered with something else than a trace")
+            self._failed[(source.fingerprint, config, kernels)] = f"{source.name} cannot be predicted: {why}"
+            return
         self.made += 1
-        trace = from_document(answer["trace"])
-        self._store.keep(source, config, kernels, trace)
-        return trace
+        self._store.keep(source, config, kernels, from_document(answer["trace"]))
 
-    def _wait(self, channel: Channel) -> Message:
-        deadline = time.monotonic() + LIMIT_S
+    def _answers(
+        self, source: ModelSource, configs: list[TrainingConfig], kernels: KernelSet, *, own_point: bool
+    ) -> list[tuple[TrainingConfig, Message]]:
+        """Each config's answer, from as many workers as there are processors for."""
+        waiting, answers = list(configs), []
+        busy: dict[_Worker, TrainingConfig] = {}
+        self._workers = [worker for worker in self._workers if worker.is_alive()]
         with selectors.DefaultSelector() as selector:
-            selector.register(channel, selectors.EVENT_READ)
-            while time.monotonic() < deadline:
-                if selector.select(_POLL_S):
-                    try:
-                        messages, closed = channel.lines()
-                    except ValueError:
-                        messages, closed = [], True  # no JSON: not our worker
-                    if messages:
-                        return messages[0]
-                    if closed:
-                        self.close()
-                        return {"error": "the dry run's process died; `autotune doctor` looks at this environment"}
+            while waiting or busy:
+                while waiting and len(busy) < min(WORKERS, os.cpu_count() or 1):
+                    worker = self._free_worker(busy)
+                    busy[worker] = waiting.pop(0)
+                    worker.ask(source, busy[worker], kernels, own_point=own_point)
+                    selector.register(worker.channel, selectors.EVENT_READ, worker)
+                ready = {key.data for key, _ in selector.select(_POLL_S)}
+                for worker in list(busy):
+                    answer = worker.answer() if worker in ready else worker.overdue()
+                    if answer is not None:
+                        selector.unregister(worker.channel)
+                        answers.append((busy.pop(worker), answer))
+                        if "trace" not in answer and "error" not in answer:
+                            worker.close()
                 if self._stop():
                     self.close()
                     raise Interrupted("interrupted; what was measured is kept, and the same command goes on from there")
-        self.close()
-        return {"error": f"the dry run took longer than {LIMIT_S:.0f} s"}
+        return answers
 
-    def _start(self) -> Channel:
-        if self._process is not None and self._process.poll() is None and self._channel is not None:
-            return self._channel
+    def _free_worker(self, busy: Iterable[_Worker]) -> _Worker:
+        for worker in self._workers:
+            if worker not in busy and worker.is_alive():
+                return worker
+        self._workers.append(_Worker(self._python))
+        return self._workers[-1]
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+
+class _Worker:
+    """One process that makes traces, one at a time."""
+
+    def __init__(self, python: str) -> None:
         ours, theirs = socket.socketpair()
         self._folder = tempfile.TemporaryDirectory(prefix="autotune-dry-run-", ignore_cleanup_errors=True)
+        self._deadline = 0.0
         environment = {
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
@@ -122,7 +134,7 @@ class DryRunner:
             "OMP_NUM_THREADS": "1",
             "TMPDIR": self._folder.name,
         }
-        command = [self._python, "-P", str(_BOOTSTRAP), str(theirs.fileno()), str(os.getpid())]
+        command = [python, "-P", str(_BOOTSTRAP), str(theirs.fileno()), str(os.getpid())]
         with theirs:
             self._process = subprocess.Popen(
                 [*command, "autotune.probe.dry_run_worker"],
@@ -133,19 +145,48 @@ class DryRunner:
                 start_new_session=True,
                 env=environment,
             )
-        self._channel = Channel(ours)
-        return self._channel
+        self.channel = Channel(ours)
+        self._is_open = True
+
+    def is_alive(self) -> bool:
+        return self._is_open and self._process.poll() is None
+
+    def ask(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, *, own_point: bool) -> None:
+        self._deadline = time.monotonic() + LIMIT_S
+        with contextlib.suppress(ConnectionError):  # then its end is read as the answer
+            self.channel.send(
+                {
+                    "model": to_json(source),
+                    "config": to_json(config),
+                    "kernels": asdict(kernels),
+                    "own_point": own_point,
+                }
+            )
+
+    def answer(self) -> Message | None:
+        """What it said, once all of that is here. Reads once; call it when there is something to read."""
+        try:
+            messages, closed = self.channel.lines()
+        except ValueError:
+            messages, closed = [], True  # no JSON: not our worker
+        if closed and not messages:
+            self.close()
+            return dict(_DIED)
+        return messages[0] if messages else None
+
+    def overdue(self) -> Message | None:
+        if time.monotonic() < self._deadline:
+            return None
+        self.close()
+        return {"error": f"the dry run took longer than {LIMIT_S:.0f} s"}
 
     def close(self) -> None:
-        """End the worker, if there is one."""
-        if self._process is not None:
-            end_tree(self._process.pid)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-            self._process = None
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        """End the process and everything it started."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        end_tree(self._process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self.channel.close()
+        self._folder.cleanup()
