@@ -369,6 +369,7 @@ class ProbeReport:
     peak_reserved_bytes: int | None = None  # CUDA: held by the caching allocator; CPU: growth of VmData at its peak
     device_used_bytes: int | None = None  # NVML's used memory at the peak; CPU: peak resident bytes
     device_free_bytes: int | None = None  # free on the card just after, or at death
+    device_used_before_bytes: int | None = None  # NVML's used memory before the worker started: others', the display's
     limit_bytes: int | None = None  # what was enforced, in the allocator's terms
     unquantized_bytes: int | None = None  # linear weights that had to stay 16-bit (3-D experts)
     parameters: int | None = None
@@ -412,6 +413,8 @@ class Prediction:
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
     step_time_s: float | None = None
+    memory_factor: float | None = None  # learned from earlier trials, and in the bytes above; None: not known
+    time_factor: float | None = None  # and in the seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,9 +84,20 @@ def open_store(home: Path | None, device: Device, *, writable: bool = True, busy
         if writable:
             _create_if_missing(path, device, busy_timeout_s)
             return GpuStore(_open_to_write(path, busy_timeout_s), path)
+    return read_store(path, device.name, busy_timeout_s=busy_timeout_s)
+
+
+def read_store(path: Path, device_name: str, *, busy_timeout_s: float = 60.0) -> GpuStore:
+    """The store in this file, to read. Raises StoreError."""
+    with _explained(path):
         if not path.exists():
-            raise StoreError(f"nothing is stored about {device.name} yet ({path} does not exist): run autotune fit")
+            raise StoreError(f"nothing is stored about {device_name} yet ({path} does not exist): run autotune fit")
         return GpuStore(_open_to_read(path, busy_timeout_s), path)
+
+
+def stored_databases(home: Path | None = None) -> list[Path]:
+    """The databases that exist; the name of each is its device's slug. `home` None: `default_home()`."""
+    return sorted(((home or default_home()) / "gpus").glob("*.db"))
 
 
 class GpuStore:
@@ -117,8 +128,10 @@ class GpuStore:
         model_fingerprint: str | None = None,
         request_id: str | None = None,
         environment_fingerprint: str | None = None,
+        latest: int = -1,
     ) -> list[TrialRecord]:
-        """Matching trials, oldest first. A row that cannot be understood is skipped, with a warning."""
+        """Matching trials, oldest first; of many only the `latest`. A row that cannot be understood is skipped, with a
+        warning."""
         wanted = {
             "model_fingerprint": model_fingerprint,
             "request_id": request_id,
@@ -129,9 +142,10 @@ class GpuStore:
         columns = ("id", *_RECORD_COLUMNS, *_JSON_COLUMNS)
         with _explained(self.path):
             rows = self._connection.execute(
-                f"SELECT {', '.join(columns)} FROM trials WHERE {where} ORDER BY id", stated
+                f"SELECT {', '.join(columns)} FROM trials WHERE {where} ORDER BY id DESC LIMIT :latest",
+                {**stated, "latest": latest},
             ).fetchall()
-        found = (self._from_row(dict(zip(columns, row, strict=True))) for row in rows)
+        found = (self._from_row(dict(zip(columns, row, strict=True))) for row in reversed(rows))
         return [trial for trial in found if trial is not None]
 
     def add_request(self, request_id: str, request: FitRequest) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from autotune.configfile import read_config
-from autotune.errors import InvalidRequest, NothingFits, UsageError
+from autotune.errors import InvalidRequest, NothingFits, StoreError, UsageError
 from autotune.hardware.cards import find_card
 from autotune.hardware.select import headroom_of_card
 from autotune.hardware.sizes import format_bytes, parse_bytes
@@ -57,7 +57,7 @@ def run(options: dict[str, Any]) -> None:
     for name in ("plot", "history"):
         _check_free(options[name], force=options["force"])
     target = choose_target(options["gpu"], options["memory_limit"])
-    question = _question(options, target)
+    question = with_what_is_known(_question(options, target))
     runner = DryRunner(TraceStore(trace_folder()))
     try:
         if options["sweep"]:
@@ -66,6 +66,24 @@ def run(options: dict[str, Any]) -> None:
             _estimate(question, runner, options)
     finally:
         runner.close()
+
+
+def with_what_is_known(question: Question) -> Question:
+    """The question with its card as it was found to be on this machine, told on stderr."""
+    if question.target.card is None:
+        return question
+    from autotune.cli.learned_here import learned_here, learned_line
+    from autotune.predict.learned import with_learned
+
+    try:
+        learned = learned_here(question.target.card, question.model)
+    except StoreError as error:
+        say(f"What was measured on this card is left out: {error}")
+        return question
+    if learned is None or (line := learned_line(learned)) is None:
+        return question
+    say(line)
+    return replace(question, target=with_learned(question.target, learned))
 
 
 def trace_folder() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autotune.hardware.cards import Card
 from autotune.predict.allocator import OutOfMemory
@@ -29,6 +29,10 @@ class Target:
     headroom_bytes: int = 0  # of that, what is to stay free
     context: Context | None = None  # None: nothing beside tensors (the CPU)
     card: Card | None = None
+    memory_factor: float = 1.0  # learned here: bytes measured ÷ predicted
+    memory_interval: tuple[float, float] = (1 - ALLOCATED_INTERVAL, 1 + ALLOCATED_INTERVAL)  # of allocated memory
+    time_factor: float = 1.0  # learned here: seconds measured ÷ predicted
+    time_interval: tuple[float, float] | None = None  # of step time; None: nothing learned, the roofline's own
 
 
 def target_of_card(card: Card) -> Target:
@@ -52,6 +56,7 @@ def kernels_of(card: Card) -> KernelSet:
     return KernelSet(
         sdpa_flash=card.attention.sdpa_flash,
         sdpa_efficient=card.attention.sdpa_efficient,
+        grouped_mm=card.vendor != "nvidia" or tuple(map(int, (card.compute_capability or "0").split("."))) >= (8, 0),
         cublas_workspace_bytes=32 * MIB if large else KernelSet().cublas_workspace_bytes,
     )
 
@@ -67,6 +72,8 @@ class Forecast:
     intervals: dict[str, tuple[float, float]]
     capacity_bytes: int | None
     fits: bool | None  # by tensors, what the allocator cannot give back, the context; None: capacity not known
+    memory_factor: float = 1.0  # learned, and in the numbers above
+    time_factor: float = 1.0
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -78,32 +85,40 @@ class Forecast:
             peak_reserved_bytes=self.memory.peak_reserved_bytes,
             device_used_bytes=self.device_used_bytes,
             step_time_s=self.step_time_s,
+            memory_factor=self.memory_factor,
+            time_factor=self.time_factor,
         )
 
 
 def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     """Predict one config. Raises `NotAlike` for a trace that does not hold at its B and T."""
     memory, fits = _memory_of(trace, config, target)
+    memory, (below, above) = _scaled(memory, target.memory_factor), target.memory_interval
     context = target.context
     reserved = memory.peak_reserved_bytes
     if target.kernels.kind == "cpu":
         reserved = memory.peak_allocated_bytes  # malloc gives back what is freed
     likely = reserved + (context.likely_bytes if context else 0) + memory.paged_bytes
-    low = memory.peak_allocated_bytes * (1 - ALLOCATED_INTERVAL) + (context.low_bytes if context else 0)
+    low = memory.peak_allocated_bytes * below + (context.low_bytes if context else 0)
     high = reserved * (1 + RESERVED_INTERVAL[1]) + (context.high_bytes if context else 0) + memory.paged_bytes
     intervals: dict[str, tuple[float, float]] = {
-        name: (getattr(memory, name) * (1 - ALLOCATED_INTERVAL), getattr(memory, name) * (1 + ALLOCATED_INTERVAL))
+        name: (getattr(memory, name) * below, getattr(memory, name) * above)
         for name in ("after_load_bytes", "forward_peak_allocated_bytes", "peak_allocated_bytes")
     }
     intervals["peak_reserved_bytes"] = (reserved * (1 - RESERVED_INTERVAL[0]), reserved * (1 + RESERVED_INTERVAL[1]))
     intervals["device_used_bytes"] = (min(low, likely), max(high, likely))
     step_time = None
-    time = forecast_step(trace, config, target)
-    if time is not None:
+    if target.card is not None:
+        from autotune.predict.steptime import forecast_time
+
+        time = forecast_time(trace, config, target.card, learned_factor=target.time_factor)
         step_time = time.step_time_s
-        intervals["step_time_s"] = (time.low_s, time.high_s)
+        quick, slow = time.low_s, time.high_s
+        if target.time_interval is not None:
+            quick, slow = (step_time * edge for edge in target.time_interval)
+        intervals["step_time_s"] = (quick, slow)
         tokens = config.tokens_per_step
-        intervals["tokens_per_second"] = (tokens / time.high_s, tokens / time.low_s)
+        intervals["tokens_per_second"] = (tokens / slow, tokens / quick)
     return Forecast(
         config=config,
         memory=memory,
@@ -112,6 +127,8 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
         intervals={name: (int(a), int(b)) if name.endswith("_bytes") else (a, b) for name, (a, b) in intervals.items()},
         capacity_bytes=target.capacity_bytes,
         fits=fits,
+        memory_factor=target.memory_factor,
+        time_factor=target.time_factor,
     )
 
 
@@ -126,7 +143,7 @@ def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[Me
     if target.capacity_bytes is None:
         return memory, None
     outside = memory.paged_bytes + (target.context.likely_bytes if target.context else 0)
-    left = target.capacity_bytes - target.headroom_bytes - outside
+    left = round((target.capacity_bytes - target.headroom_bytes - outside) / target.memory_factor)  # as predicted
     if target.kernels.kind == "cpu":
         return memory, memory.peak_allocated_bytes <= left
     if memory.peak_reserved_bytes <= left:
@@ -137,6 +154,27 @@ def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[Me
         return forecast_memory(trace, config, target.kernels, limit_bytes=left), True
     except OutOfMemory:
         return memory, False
+
+
+def _scaled(memory: MemoryForecast, factor: float) -> MemoryForecast:
+    """All that the allocator holds, times what was learned; the parts still sum to the peak."""
+    if factor == 1.0:
+        return memory
+    sizes = {name: round(getattr(memory, name) * factor) for name in _ALLOCATOR_SIZES}
+    parts = {part: round(size * factor) for part, size in memory.parts.items()}
+    if parts:
+        largest = max(parts, key=lambda part: parts[part])
+        parts[largest] += sizes["peak_allocated_bytes"] - sum(parts.values())
+    return replace(memory, **sizes, parts=parts)
+
+
+_ALLOCATOR_SIZES = (
+    "after_load_bytes",
+    "forward_peak_allocated_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "evaluation_peak_allocated_bytes",
+)
 
 
 def cannot_fit(found: Forecast, limit_bytes: int) -> bool:

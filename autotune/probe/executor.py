@@ -348,6 +348,7 @@ class _Run:
             startup_s=max(0.0, wall - training),
             tenants=self._tenants,
             device_used_bytes=max(used, default=None),
+            device_used_before_bytes=self.worker.used_before,
             peak_reserved_bytes=report.peak_reserved_bytes or self._data_peak,
         )
 
