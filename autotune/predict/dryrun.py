@@ -21,7 +21,7 @@ from autotune.predict.layers import Pattern, find_layers, find_pattern, keep_lay
 from autotune.predict.patches import device_behaviour
 from autotune.predict.trace import Resident
 from autotune.predict.tracer import Birth, Stretch, Tracer
-from autotune.values import Attention, ModelSource, TrainingConfig
+from autotune.values import Attention, LossPath, ModelSource, TrainingConfig
 from autotune.workload import loss as loss_paths
 from autotune.workload import prepare
 from autotune.workload.build import build_base
@@ -56,24 +56,29 @@ class DryRun:
         self.config = config
         self.kernels = kernels
         self._hidden = hidden_temporaries
-        self._stack = contextlib.ExitStack()
-        self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="autotune-dry-run-"))
         self._tracer: Tracer | None = None
         self._backward = False
         self.paged_bytes = 0
-        base = build_base(source, _buildable(config), torch.device("meta"))
-        self.parameters = base.parameters
-        self.unquantized_bytes = base.unquantized_bytes
-        self.pattern = self._pattern(base.model, all_layers)
-        self.loaded = _loaded(base.model, config)
-        keep_layers(base.model, self.pattern)
-        self._stack.enter_context(device_behaviour(kernels))
-        self.step = TrainingStep(
-            base,
-            _buildable(config),
-            folder=self._folder,
-            autocast=lambda dtype: autocast.autocast(dtype, kernels.kind),
-        )
+        with contextlib.ExitStack() as stack:  # where something raises, all that was put in place ends
+            self._folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="autotune-dry-run-"))
+            base = build_base(source, _buildable(config), torch.device("meta"))
+            self.parameters = base.parameters
+            self.unquantized_bytes = base.unquantized_bytes
+            self.pattern = self._pattern(base.model, all_layers)
+            self.loaded = _loaded(base.model, config)
+            keep_layers(base.model, self.pattern)
+            stack.enter_context(device_behaviour(kernels))
+            if config.loss is LossPath.LIGER:
+                from autotune.predict import liger
+
+                stack.enter_context(liger.stand_ins(base.model.config.model_type, kernels))
+            self.step = TrainingStep(
+                base,
+                _buildable(config),
+                folder=self._folder,
+                autocast=lambda dtype: autocast.autocast(dtype, kernels.kind),
+            )
+            self._stack = stack.pop_all()
         if config.attention.value == "flash_attention_2":
             _name_attention(base.model, "flash_attention_2")
         self._mark_layers(base.model)

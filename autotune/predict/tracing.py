@@ -51,6 +51,8 @@ def make_trace(source: ModelSource, config: TrainingConfig, kernels: KernelSet, 
 
 
 def _points(config: TrainingConfig, source: ModelSource) -> list[tuple[int, int]]:
+    if config.loss is LossPath.LIGER:
+        raise NotAlike("Liger's chunks are a power of two near the tokens of the batch over V / H")
     window = window_of(source)
     lengths = _LONG
     if window and config.sequence_length < window:

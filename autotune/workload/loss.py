@@ -29,10 +29,17 @@ def prepare_loss(model: Any, config: TrainingConfig) -> LossFunction:
     if config.loss is LossPath.CHUNKED:
         return chunked_loss
     if config.loss is LossPath.LIGER:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=model.get_base_model())
+        apply_liger(model.get_base_model())
+        if config.trainer is not Trainer.LOOP:
+            return liger_loss
     return loop_loss if config.trainer is Trainer.LOOP else model_loss
+
+
+def apply_liger(model: Any) -> None:
+    """All that Liger has for this architecture, as `use_liger_kernel=True` puts it in place."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model)
 
 
 def loop_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:
@@ -44,8 +51,16 @@ def loop_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:
 
 
 def model_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:
-    """The model's own forward with labels, as `Trainer.compute_loss` calls it: all logits at once (Liger's, none)."""
+    """The model's own forward with labels, as `Trainer.compute_loss` calls it: all logits at once."""
     outputs = model(**batch, num_items_in_batch=items)
+    loss: torch.Tensor = outputs["loss"]
+    return loss
+
+
+def liger_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:
+    """The same with Liger's forward: no logits, and none in an evaluation, as `Trainer.prediction_step` asks it."""
+    asked = {} if model.training else {"skip_logits": True}
+    outputs = model(**batch, num_items_in_batch=items, **asked)
     loss: torch.Tensor = outputs["loss"]
     return loss
 
