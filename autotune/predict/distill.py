@@ -216,8 +216,8 @@ def check_repeats(blocks: Iterable[Block], loop: Loop) -> None:
                 other = of.get((name, near))
                 if middle is None or other is None:
                     continue
-                if near == 0 or near == loop.kept - 1:
-                    continue
+                if near < loop.period or near >= loop.kept - loop.period:
+                    continue  # the first or last of its kind: masks and positions of that kind begin and end there
                 if middle.sizes != other.sizes or middle.events != other.events:
                     raise NotAlike(f"layer {near} is unlike layer {index} in {name}")
 

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 import torch.fx.experimental._config
+from torch import library
 from torch.nn import functional
 
 from autotune.predict import autocast
@@ -42,6 +43,12 @@ def device_behaviour(kernels: KernelSet) -> Iterator[None]:
         )
         patch(torch, "autocast", functools.partial(_autocast, kernels, torch.autocast))
         patch(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)  # trl picks learned tokens
+        with contextlib.suppress(ImportError):  # transformers before 5
+            import transformers.integrations.moe as experts
+
+            _let_products_be_grouped()
+            if hasattr(experts, "_can_use_grouped_mm"):
+                patch(experts, "_can_use_grouped_mm", lambda *_: kernels.grouped_mm)
         patch(flash_utils, "lazy_import_flash_attention", _flash_functions)
         if hasattr(modeling_utils, "save_on_cpu"):
             patch(modeling_utils, "save_on_cpu", _saved_on_host)
@@ -56,6 +63,33 @@ def device_behaviour(kernels: KernelSet) -> Iterator[None]:
                 if hasattr(sys.modules[module], name):
                     patch(sys.modules[module], name, lambda kind=kind: [kind, "meta"])
         yield
+
+
+_grouped: list[library.Library] = []
+
+
+def _let_products_be_grouped() -> None:
+    """torch's grouped product on meta takes bfloat16 alone, on devices the other dtypes too (aten .../GroupedBlas)."""
+    if not _grouped and hasattr(torch.ops.aten, "_grouped_mm"):
+        _grouped.append(library.Library("aten", "IMPL", "Meta"))
+        _grouped[0].impl("_grouped_mm", _grouped_mm, allow_override=True)
+
+
+def _grouped_mm(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """(S, K) rows in groups by (E, K, N) weights: (S, N); the weights' gradient, (K, S) by (S, N) in groups of S:
+    (E, K, N). Rows are padded to 16 bytes as the kernel's."""
+    groups = () if weights.dim() == 3 or offs is None else (offs.numel(),)
+    shape = (*groups, rows.size(-2), weights.size(-1))
+    dtype = out_dtype or rows.dtype
+    padded = -(-shape[-1] * dtype.itemsize // 16) * 16 // dtype.itemsize
+    strides = (*((shape[-2] * padded,) if groups else ()), padded, 1)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=rows.device)
 
 
 def _patch(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:

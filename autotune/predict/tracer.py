@@ -214,6 +214,10 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Any], out
         flops = 2 * args[0].numel() * args[2][0]
     elif "dequantize" in name:
         kind = "dequantise"
+    elif "grouped_mm" in name:  # rows (S, K) first, and what they are multiplied by second
+        kind = "matmul"
+        products = 2 if name.endswith("_backward") else 1  # the loop's backward makes the weights' gradients too
+        flops = 2 * products * args[0].numel() * args[1].size(-1)
     moved = tuple(_bytes(tensor) for tensor in (*inputs, *outputs))
     dtype = next((t.dtype for t in inputs if t.is_floating_point()), outputs[0].dtype if outputs else None)
     return Work(kind, str(dtype).removeprefix("torch."), flops, moved)

@@ -90,8 +90,9 @@ def target_of_device(device: Device, limit_bytes: int | None) -> Target:
     if card is not None:
         return replace(target_of_card(card), name=device.name, capacity_bytes=capacity)
     major = (device.compute_capability or "").split(".")[0]
+    is_recent = not major.isdecimal() or int(major) >= 8
     return Target(
         name=device.name,
-        kernels=KernelSet(sdpa_flash=not major.isdecimal() or int(major) >= 8),
+        kernels=KernelSet(sdpa_flash=is_recent, grouped_mm=is_recent),
         capacity_bytes=capacity,
     )
