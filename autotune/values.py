@@ -182,6 +182,11 @@ class TrainingConfig:
         return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
+    def is_padding_free(self) -> bool:
+        """Whether packed rows are laid end to end in one: FlashAttention 2 keeps them apart, the others fill rows."""
+        return self.packing and self.attention is Attention.FLASH_ATTENTION_2
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step, padding counted."""
         return self.sequence_length * self.effective_batch_size

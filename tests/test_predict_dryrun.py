@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from autotune.predict.distill import SizeTable, fit, raw_blocks
 from autotune.predict.dryrun import DryRun
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.memory import ROUNDING, forecast_memory, rounded
-from autotune.predict.trace import Expansion, NotAlike, Trace, from_document, to_document
+from autotune.predict.trace import MONOMIALS, Expansion, NotAlike, Trace, from_document, monomials, to_document
 from autotune.values import LossPath, ModelSource, TrainingConfig
 from autotune.workload.build import build_base
 from autotune.workload.step import TrainingStep
@@ -151,6 +152,7 @@ def test_few_layers_stand_for_all_to_the_byte(kind: str, checkpointing: str, lay
         {"gradient_checkpointing": "every_2"},
         {"gradient_checkpointing": "full", "loss": "chunked", "sequence_length": 1024},
         {"gradient_checkpointing": "off", "loss": "chunked", "sequence_length": 1024, "attention": "flash_attention_2"},
+        {"gradient_checkpointing": "full", "packing": True, "attention": "flash_attention_2"},
     ],
     ids=lambda changes: ",".join(map(str, changes.values())),
 )
@@ -200,6 +202,22 @@ def _constants(trace: Trace) -> SizeTable:
     return table
 
 
+def test_rows_laid_end_to_end_take_what_filled_rows_take() -> None:
+    source = a_model("llama")
+    config = a_dry_config(gradient_checkpointing="full", attention="flash_attention_2", micro_batch_size=4)
+    packed = replace(config, packing=True)
+    point = [(4, 128)]
+    rows, free = (tracing._traced(source, one, CUDA, point, False) for one in (config, packed))
+    assert both_bytes(free, packed)[0] == pytest.approx(both_bytes(rows, config)[0], rel=0.01)
+    assert flops_of(free, packed) == pytest.approx(flops_of(rows, config))  # each row attends to itself alone
+
+
+def flops_of(trace: Trace, config: TrainingConfig) -> int:
+    values = monomials(config.micro_batch_size, config.sequence_length)
+    works = [work for block in trace.programs["first"] for work in block.works]
+    return sum(work.count * size.at(values) for work in works for size in work.flops)
+
+
 #: Bytes of state to one parameter: 8-bit states carry a float32 scale for 256 of them, small tensors stay 32-bit.
 STATE = {
     "adamw_torch": (8, 8.3),
@@ -207,6 +225,8 @@ STATE = {
     "adamw_8bit": (2, 6),
     "adamw_bnb_8bit": (2, 6),
     "adafactor": (0.01, 1),
+    "adagrad": (4, 4.2),
+    "ademamix": (12, 12.2),
     "sgd": (0, 0),
     "lion_8bit": (1, 3),
     "lion_32bit": (4, 4),
@@ -223,7 +243,7 @@ def test_optimizers_leave_their_state(name: str) -> None:
         blocks = fit([raw_blocks(run.optimizer()[0])], table, checkpointed=False)
     finally:
         run.close()
-    expansion = Expansion(blocks, {}, {}, [size.at((1,) * 10) for size in table.sizes])
+    expansion = Expansion(blocks, {}, {}, [size.at((1,) * len(MONOMIALS)) for size in table.sizes])
     list(expansion.events())
     least, most = STATE[name]
     assert least <= sum(map(expansion.size_of, expansion.survivors)) / parameters <= most

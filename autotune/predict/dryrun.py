@@ -25,7 +25,8 @@ from autotune.values import Attention, LossPath, ModelSource, TrainingConfig
 from autotune.workload import loss as loss_paths
 from autotune.workload import prepare
 from autotune.workload.build import build_base
-from autotune.workload.step import TrainingStep
+from autotune.workload.loss import Batch
+from autotune.workload.step import TrainingStep, batch_of
 from autotune.workload.tracking import model_tensors
 
 
@@ -154,9 +155,13 @@ class DryRun:
         return tracer.stretches
 
     def _run_micro_batch(self, batch: int, tokens: int) -> None:
-        made = _batch(batch, tokens)
+        made = self._batch(batch, tokens)
         items = torch.zeros((), dtype=torch.int64, device="meta")
         self.step.micro_batch(made, items, phase=self._phase)
+
+    def _batch(self, batch: int, tokens: int) -> Batch:
+        ids = torch.empty((batch, tokens), dtype=torch.int64, device="meta")
+        return batch_of(ids, padding_free=self.config.is_padding_free)
 
     def _phase(self, name: str) -> None:
         if name == "backward":
@@ -176,7 +181,7 @@ class DryRun:
         return tracer.stretches
 
     def _run_evaluation(self, batch: int, tokens: int) -> None:
-        made = _batch(batch, tokens)
+        made = self._batch(batch, tokens)
         items = torch.zeros((), dtype=torch.int64, device="meta")
         with self.step._loss_context():
             self.step._loss(self.step.model, made, items)
@@ -230,11 +235,6 @@ def _name_attention(model: Any, name: str) -> None:
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
             module.config._attn_implementation_internal = name
-
-
-def _batch(batch: int, tokens: int) -> dict[str, torch.Tensor]:
-    ids = torch.empty((batch, tokens), dtype=torch.int64, device="meta")
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.empty_like(ids)}
 
 
 def _recompute_with_autocast(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -349,7 +349,6 @@ def _trace_optimizer(run: DryRun, parameters: list[torch.nn.Parameter], steps: i
     from autotune.workload.step import MAX_GRAD_NORM
 
     holder = torch.nn.ParameterList(parameters)
-    optimizer = prepare.make_optimizer(holder, run.config, torch.device("meta"), run._folder)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     traced = []
@@ -358,9 +357,12 @@ def _trace_optimizer(run: DryRun, parameters: list[torch.nn.Parameter], steps: i
     tracer.see(parameters)
     tracer.see([p.grad for p in parameters if p.grad is not None])
     with tracer, paged.in_place():
-        for _ in range(steps):
-            tracer.stretches = []
-            tracer.start(("optimizer", None))
+        tracer.start(("optimizer", None))
+        optimizer = prepare.make_optimizer(holder, run.config, torch.device("meta"), run._folder)
+        for step in range(steps):
+            if step:
+                tracer.stretches = []
+                tracer.start(("optimizer", None))
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             optimizer.step()
             traced.append(tracer.stretches)

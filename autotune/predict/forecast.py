@@ -107,23 +107,15 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     }
     intervals["peak_reserved_bytes"] = (reserved * (1 - RESERVED_INTERVAL[0]), reserved * (1 + RESERVED_INTERVAL[1]))
     intervals["device_used_bytes"] = (min(low, likely), max(high, likely))
-    step_time = None
-    if target.card is not None:
-        from autotune.predict.steptime import forecast_time
-
-        time = forecast_time(trace, config, target.card, learned_factor=target.time_factor)
-        step_time = time.step_time_s
-        quick, slow = time.low_s, time.high_s
-        if target.time_interval is not None:
-            quick, slow = (step_time * edge for edge in target.time_interval)
-        intervals["step_time_s"] = (quick, slow)
-        tokens = config.tokens_per_step
-        intervals["tokens_per_second"] = (tokens / slow, tokens / quick)
+    time = forecast_step(trace, config, target)
+    if time is not None:
+        intervals["step_time_s"] = (time.low_s, time.high_s)
+        intervals["tokens_per_second"] = (config.tokens_per_step / time.high_s, config.tokens_per_step / time.low_s)
     return Forecast(
         config=config,
         memory=memory,
         device_used_bytes=likely,
-        step_time_s=step_time,
+        step_time_s=time.step_time_s if time else None,
         intervals={name: (int(a), int(b)) if name.endswith("_bytes") else (a, b) for name, (a, b) in intervals.items()},
         capacity_bytes=target.capacity_bytes,
         fits=fits,
@@ -133,8 +125,14 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
 
 
 def forecast_step(trace: Trace, config: TrainingConfig, target: Target) -> TimeForecast | None:
-    """The time alone, which is quick; None where the card is not known."""
-    return None if target.card is None else forecast_time(trace, config, target.card)
+    """The time alone, which is quick, with what was learned; None where the card is not known."""
+    if target.card is None:
+        return None
+    time = forecast_time(trace, config, target.card, learned_factor=target.time_factor)
+    if target.time_interval is None:
+        return time
+    low, high = target.time_interval
+    return replace(time, low_s=time.step_time_s * low, high_s=time.step_time_s * high)
 
 
 def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[MemoryForecast, bool | None]:

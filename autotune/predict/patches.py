@@ -206,11 +206,14 @@ def _fused_softmax(
     return out
 
 
+_FLASH_OPTIONS = ("is_causal", "softmax_scale", "max_seqlen_q")
+
+
 def _flash_functions(implementation: str | None, *args: Any, **kwargs: Any) -> Any:
     """What transformers imports of the flash-attn package, with its kernels named and not run."""
 
     def process(**options: Any) -> dict[str, Any]:
-        return {key: options[key] for key in ("is_causal", "softmax_scale") if options.get(key) is not None}
+        return {key: options[key] for key in _FLASH_OPTIONS if options.get(key) is not None}
 
     return (_flash, _flash_varlen, None, None, None), (process, process)
 
@@ -224,8 +227,10 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **option
 
 
 def _flash_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-    """(tokens, H, D): flash_attn_varlen_func."""
-    return _flash(query[None], key[None], value[None], **options)[0]
+    """(tokens, H, D): flash_attn_varlen_func, of sequences of one length."""
+    length = int(options.get("max_seqlen_q") or query.size(0))
+    query, key, value = (part.view(-1, length, *part.shape[1:]) for part in (query, key, value))
+    return _flash(query, key, value, **options).flatten(0, 1)
 
 
 def _saved_on_host(**_: Any) -> Any:

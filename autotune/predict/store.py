@@ -81,6 +81,7 @@ class TraceStore:
     def path(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, own_point: bool) -> Path:
         """Where the trace of the config's class is kept, or the one that holds for its own B and T alone."""
         settings = {key: value for key, value in to_json(config).items() if key not in _FREE}
+        settings["padding_free"] = config.is_padding_free
         point = (config.micro_batch_size, config.sequence_length) if own_point else None
         where = class_of(source, config.micro_batch_size, config.sequence_length)
         picked = {k: v for k, v in dataclasses.asdict(kernels).items() if k != "cublas_workspace_bytes"}

@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import Any
 
 #: Products that a tensor's size can be a multiple of, in samples B and tokens T.
-MONOMIALS = ("1", "T", "T-1", "T+1", "B", "BT", "B(T-1)", "B(T+1)", "TT", "BTT")
-FORMAT = 2
+MONOMIALS = ("1", "T", "T-1", "T+1", "B", "BT", "B(T-1)", "B(T+1)", "TT", "BTT", "B+1", "BT-1", "BT+1")
+FORMAT = 3
 
 
 def monomials(batch: int, tokens: int) -> tuple[int, ...]:
@@ -30,6 +30,9 @@ def monomials(batch: int, tokens: int) -> tuple[int, ...]:
         batch * (tokens + 1),
         tokens * tokens,
         batch * tokens * tokens,
+        batch + 1,
+        batch * tokens - 1,
+        batch * tokens + 1,
     )
 
 

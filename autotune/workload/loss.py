@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autotune.values import LossPath, Trainer, TrainingConfig
 
-Batch = dict[str, torch.Tensor]  # input_ids, attention_mask, labels: (B, T) int64
+Batch = dict[str, Any]  # input_ids, attention_mask, labels: (B, T) int64; padding-free: see `step.batch_of`
 LossFunction = Callable[[Any, Batch, torch.Tensor], torch.Tensor]
 
 IGNORED = -100  # label of a token that is not learned
@@ -87,9 +87,8 @@ def chunked_loss(model: Any, batch: Batch, items: torch.Tensor) -> torch.Tensor:
     """Head and cross-entropy over blocks of `CHUNK_TOKENS` tokens, each recomputed in backward: no (B·T, V) logits."""
     causal = model.get_base_model()
     config = causal.config.get_text_config()
-    hidden = causal.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state  # (B, T, H)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    hidden = causal.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
     head = causal.get_output_embeddings()
     labels = functional.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:].reshape(-1)  # token < n predicts n
     hidden = hidden.reshape(-1, hidden.size(-1))

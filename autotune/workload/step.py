@@ -12,9 +12,31 @@ import torch
 from autotune.values import TrainingConfig
 from autotune.workload import prepare
 from autotune.workload.build import BaseModel
-from autotune.workload.loss import Batch, prepare_loss
+from autotune.workload.loss import IGNORED, Batch, prepare_loss
 
 MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm's default
+
+
+def batch_of(tokens: torch.Tensor, *, padding_free: bool) -> Batch:
+    """(B, T) tokens as a model takes them: input_ids, attention_mask and labels of that shape.
+
+    Padding-free: one row of B × T, with positions and boundaries, as transformers' DataCollatorWithFlattening makes it.
+    """
+    if not padding_free:
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+    rows, length = tokens.shape
+    labels = tokens.clone()
+    labels[:, 0] = IGNORED  # no row's last token predicts the next row's first
+    ends = torch.arange(rows + 1, dtype=torch.int32, device=tokens.device) * length
+    return {
+        "input_ids": tokens.view(1, -1),
+        "labels": labels.view(1, -1),
+        "position_ids": torch.arange(length, device=tokens.device).repeat(rows)[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
 
 
 class TrainingStep:
@@ -69,13 +91,13 @@ class TrainingStep:
         return self._autocast_for(dtype) if self._autocast_for else torch.autocast(self.device.type, dtype=dtype)
 
     def batches(self, count: int, *, micro_batch_size: int | None = None) -> list[Batch]:
-        """`count` micro batches of random tokens, each (B, T) int64 three times, every token learned."""
+        """`count` micro batches of random tokens, all of them learned: see `batch_of`."""
         size = (micro_batch_size or self.config.micro_batch_size, self.config.sequence_length)
         generator = torch.Generator(device="cpu").manual_seed(self._seed)
         made = []
         for _ in range(count):
             tokens = torch.randint(0, self.vocab_size, size, generator=generator).to(self.device)
-            made.append({"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()})
+            made.append(batch_of(tokens, padding_free=self.config.is_padding_free))
         return made
 
     @staticmethod
