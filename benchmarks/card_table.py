@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from autotune.hardware.cards import AttentionKernels, Card, cards
 from autotune.values import GIB
+from benchmarks.records import markdown_table
 
 _INTRO = """# Cards
 
@@ -38,9 +39,9 @@ def card_table() -> str:
     listed = "\n".join(f"{number}. {text}" for text, number in notes.items())
     parts = (
         intro,
-        _table(_NUMBERS, [_number_row(card) for card in catalogue]),
+        markdown_table(_NUMBERS, [_number_row(card) for card in catalogue]),
         "## Where the numbers are from\n\nNumbers in brackets are the notes below.",
-        _table(_ORIGINS, origins),
+        markdown_table(_ORIGINS, origins),
         f"## Notes\n\n{listed}",
     )
     return "\n\n".join(parts) + "\n"
@@ -88,11 +89,6 @@ def _origin_row(card: Card, notes: dict[str, int]) -> list[str]:
 def _numbered(texts: Sequence[str], notes: dict[str, int]) -> str:
     numbers = {notes.setdefault(text, len(notes) + 1) for text in texts}
     return " ".join(f"[{number}]" for number in sorted(numbers))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 if __name__ == "__main__":

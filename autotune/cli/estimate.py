@@ -26,6 +26,11 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--trainer", type=click.Choice(["transformers", "trl", "loop"]), default="transformers", show_default=True
 )
+@click.option(
+    "--attention",
+    type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
+    help="Attention implementation. Default: sdpa, where the model has it.",
+)
 @click.option("--sweep", type=Text(), help="The frontier over a setting: sequence_length=512..8192 doubles.")
 @click.option("--plot", type=_PATH, help="Write memory over one step by part (with --sweep: the frontier) as SVG.")
 @click.option("--history", type=_PATH, help="Write the allocations for pytorch.org/memory_viz (a pickle).")

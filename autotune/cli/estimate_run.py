@@ -11,17 +11,26 @@ import click
 
 from autotune.configfile import read_config
 from autotune.errors import InvalidRequest, NothingFits, StoreError, UsageError
-from autotune.hardware.cards import find_card
+from autotune.hardware.cards import Card, find_card
 from autotune.hardware.select import headroom_of_card
 from autotune.hardware.sizes import format_bytes, parse_bytes
-from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, forecast_step, target_of_card
+from autotune.predict.forecast import (
+    ALLOCATOR_SIZES,
+    Forecast,
+    Target,
+    cpu_target,
+    forecast,
+    forecast_step,
+    target_of_card,
+)
 from autotune.predict.store import TraceStore
-from autotune.probe.dry_run import DryRunner
+from autotune.probe.dry_run import DryRunFailed, DryRunner
 from autotune.search.quickest import Predict, families, fastest
 from autotune.values import (
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
     TRAINER_UPCAST,
+    Attention,
     ModelSource,
     Trainer,
     TrainingConfig,
@@ -30,16 +39,8 @@ from autotune.values import (
 from autotune.workload.models import check_sequence_length, resolve_model
 
 SCHEMA = "autotune.estimate/1"
+_SEARCHED = ("model", "sequence_length", "effective_batch_size", "attention")  # options that a config file answers
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
-_NAMES = (
-    "after_load_bytes",
-    "forward_peak_allocated_bytes",
-    "peak_allocated_bytes",
-    "peak_reserved_bytes",
-    "device_used_bytes",
-    "step_time_s",
-    "tokens_per_second",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,7 @@ def run(options: dict[str, Any]) -> None:
     question = with_what_is_known(_question(options, target))
     runner = DryRunner(TraceStore(trace_folder()))
     try:
+        question = with_its_attention(question, runner, options["attention"])
         if options["sweep"]:
             _sweep(question, runner, options)
         else:
@@ -120,7 +122,7 @@ def _name_of_gpu_here(wanted: str | None) -> str:
 
 def _question(options: dict[str, Any], target: Target) -> Question:
     if options["config_file"] is not None:
-        stated = [n for n in ("model", "sequence_length", "effective_batch_size") if options[n] is not None]
+        stated = [n for n in _SEARCHED if options[n] is not None]
         if stated:
             raise UsageError(
                 f"--{stated[0].replace('_', '-')} and --config: the file says it already; give one of them"
@@ -132,18 +134,51 @@ def _question(options: dict[str, Any], target: Target) -> Question:
     model = resolve_model(options["model"] or DEFAULT_MODEL, say=say)
     length = options["sequence_length"] or min(2048, model.max_positions or 2048)
     check_sequence_length(model, length)
-    trainer = Trainer(options["trainer"])
-    card = target.card
-    start = TrainingConfig(
+    start = start_of(
+        target.card,
         sequence_length=length,
-        micro_batch_size=options["effective_batch_size"] or 16,
+        effective_batch_size=options["effective_batch_size"] or 16,
+        trainer=Trainer(options["trainer"]),
+        attention=Attention(options["attention"] or Attention.SDPA),
+    )
+    return Question(model=model, config=start, given=False, target=with_headroom(target))
+
+
+def start_of(
+    card: Card | None,
+    *,
+    sequence_length: int,
+    effective_batch_size: int,
+    trainer: Trainer = Trainer.TRANSFORMERS,
+    attention: Attention = Attention.SDPA,
+) -> TrainingConfig:
+    """Where a search begins: the effective batch in one micro batch, the trainer's defaults, a dtype of the card's."""
+    return TrainingConfig(
+        sequence_length=sequence_length,
+        micro_batch_size=effective_batch_size,
         loss=TRAINER_LOSS[trainer],
         upcast=TRAINER_UPCAST[trainer],
         adapter_dtype=TRAINER_ADAPTER_DTYPE[trainer],
+        attention=attention,
         compute_dtype="bfloat16" if card is None or "bfloat16" in card.dtypes else "float16",
         trainer=trainer,
     )
-    return Question(model=model, config=start, given=False, target=with_headroom(target))
+
+
+def with_its_attention(question: Question, runner: DryRunner, stated: str | None = None) -> Question:
+    """The question; with eager attention where none was stated and the model has no other."""
+    if question.given or stated is not None:
+        return question
+    found = families(question.config)
+    runner.prepare(question.model, [config for family in found for config in family], question.target.kernels)
+    try:
+        runner.trace(question.model, found[0][0], question.target.kernels)
+    except DryRunFailed as failure:
+        if failure.lacks != "attention":
+            raise
+        say(f"{question.model.name} has no sdpa attention in the installed transformers: eager is predicted.")
+        return replace(question, config=replace(question.config, attention=Attention.EAGER))
+    return question
 
 
 def _predictor(question: Question, runner: DryRunner) -> Predict:
@@ -151,7 +186,7 @@ def _predictor(question: Question, runner: DryRunner) -> Predict:
     return lambda config: forecast(runner.trace(question.model, config, target.kernels), config, target)
 
 
-def _fastest(question: Question, runner: DryRunner, start: TrainingConfig) -> tuple[Forecast, list[Forecast]]:
+def fastest_for(question: Question, runner: DryRunner, start: TrainingConfig) -> tuple[Forecast, list[Forecast]]:
     """The search; the traces of all its configs are made first, side by side."""
     model, target = question.model, question.target
     runner.prepare(model, [config for family in families(start) for config in family], target.kernels)
@@ -176,7 +211,7 @@ def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) ->
     if question.given:
         found = predict(question.config)
     else:
-        found, seen = _fastest(question, runner, question.config)
+        found, seen = fastest_for(question, runner, question.config)
     _write_files(question, runner, found, options)
     if options["as_json"]:
         click.echo(json.dumps(document(question, found, seen), indent=2, allow_nan=False))
@@ -219,6 +254,7 @@ def document(question: Question, found: Forecast, seen: list[Forecast]) -> dict[
         "config": to_json(found.config),
         "predicted": predicted(found),
         "parts": found.memory.parts,
+        "unquantized_bytes": found.memory.unquantized_bytes,
         "fits": found.fits,
         "candidates": [
             {"config": to_json(item.config), "predicted": predicted(item), "fits": item.fits} for item in seen
@@ -228,17 +264,9 @@ def document(question: Question, found: Forecast, seen: list[Forecast]) -> dict[
 
 def predicted(found: Forecast) -> dict[str, Any]:
     """Plain numbers, with their intervals beside them."""
-    memory = found.memory
-    values: dict[str, Any] = {
-        "after_load_bytes": memory.after_load_bytes,
-        "forward_peak_allocated_bytes": memory.forward_peak_allocated_bytes,
-        "peak_allocated_bytes": memory.peak_allocated_bytes,
-        "peak_reserved_bytes": memory.peak_reserved_bytes,
-        "device_used_bytes": found.device_used_bytes,
-        "step_time_s": found.step_time_s,
-        "tokens_per_second": found.tokens_per_second,
-    }
-    intervals = {name: list(found.intervals[name]) for name in _NAMES if name in found.intervals}
+    values: dict[str, Any] = {name: getattr(found.memory, name) for name in ALLOCATOR_SIZES}
+    values |= {name: getattr(found, name) for name in ("device_used_bytes", "step_time_s", "tokens_per_second")}
+    intervals = {name: list(found.intervals[name]) for name in values if name in found.intervals}
     return {**values, "intervals": intervals}
 
 
@@ -266,7 +294,7 @@ def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> No
     for length in sweep_values(options["sweep"]):
         check_sequence_length(question.model, length)
         config = replace(question.config, sequence_length=length)
-        rows.append(predict(config) if question.given else _fastest(question, runner, config)[0])
+        rows.append(predict(config) if question.given else fastest_for(question, runner, config)[0])
     if options["plot"]:
         from autotune.predict.plot import svg_of_sweep
 

@@ -10,20 +10,29 @@ from rich.table import Table
 from autotune.cli.words import describe
 from autotune.hardware.sizes import format_bytes
 from autotune.predict.forecast import Forecast, Target
+from autotune.values import Attention, LossPath, TrainingConfig, Upcast
 
 _WIDTH = 40  # characters of the longest bar
-#: Part → the setting that makes it smaller.
-_REMEDIES = {
-    "logits and loss": "loss: chunked, or a smaller micro batch",
-    "layer activations": "gradient_checkpointing: full, or a smaller micro batch",
-    "checkpointed activations": "gradient_checkpointing: offload, or a smaller micro batch",
-    "attention": "attention: sdpa or flash_attention_2, or a shorter sequence",
-    "base weights": "upcast: none, or a smaller model",
-    "quantisation state": "double_quant: true",
-    "optimizer state": "an 8-bit optimizer, or a lower lora_rank",
-    "gradients": "a lower lora_rank, or fewer target_modules",
-    "casts": "upcast: none",
-}
+
+
+def remedies(part: str, config: TrainingConfig) -> list[str]:
+    """The settings that would make a part smaller than it is with this config; empty where none would."""
+    smaller_batch = [] if config.micro_batch_size == 1 else ["a smaller micro batch"]
+    shorter = smaller_batch or ["a shorter sequence"]
+    no_copies = [] if config.upcast is Upcast.NONE else ["upcast: none"]
+    mode = config.gradient_checkpointing
+    ways = {
+        "logits and loss": (["loss: chunked"] if config.loss is LossPath.FULL else []) + shorter,
+        "layer activations": (["gradient_checkpointing: full"] if mode not in ("full", "offload") else []) + shorter,
+        "checkpointed activations": (["gradient_checkpointing: offload"] if mode != "offload" else []) + shorter,
+        "attention": (["attention: sdpa"] if config.attention is Attention.EAGER else []) + shorter,
+        "base weights": [*no_copies, "a smaller model"],
+        "quantisation state": [] if config.double_quant else ["double_quant: true"],
+        "optimizer state": ["an 8-bit optimizer", "a lower lora_rank"],
+        "gradients": ["a lower lora_rank", "fewer target_modules"],
+        "casts": no_copies + shorter,
+    }
+    return ways.get(part, [])
 
 
 def print_estimate(model: str, target: Target, found: Forecast) -> None:
@@ -43,7 +52,9 @@ def print_estimate(model: str, target: Target, found: Forecast) -> None:
          f" (from {format_bytes(int(low))} to {format_bytes(int(high))})")  # fmt: skip
     line(
         f"  allocated {format_bytes(memory.peak_allocated_bytes)}, reserved"
-        f" {format_bytes(memory.peak_reserved_bytes)}, after loading {format_bytes(memory.after_load_bytes)}"
+        f" {format_bytes(memory.peak_reserved_bytes)}; after loading {format_bytes(memory.after_load_bytes)},"
+        f" in an evaluation {format_bytes(memory.evaluation_peak_allocated_bytes)},"
+        f" writing a checkpoint {format_bytes(memory.checkpoint_peak_allocated_bytes)}"
     )
     if found.step_time_s is not None and found.tokens_per_second is not None:
         slow, fast = found.intervals["tokens_per_second"]
@@ -57,9 +68,14 @@ def print_estimate(model: str, target: Target, found: Forecast) -> None:
     for part, size in parts:
         bar = "█" * max(1, round(_WIDTH * size / largest))
         line(f"  {part:<25}{format_bytes(size):>10}  {bar}")
-    eaters = [part for part, _ in parts if part in _REMEDIES][:2]
-    for part in eaters:
-        line(f"  Less {part}: {_REMEDIES[part]}.")
+    if memory.unquantized_bytes:
+        line(
+            f"  {format_bytes(memory.unquantized_bytes)} of experts were not quantised: bitsandbytes takes linear"
+            " layers, and the installed transformers keeps experts as one tensor."
+        )
+    helped = [(part, ways) for part, _ in parts if (ways := remedies(part, found.config))]
+    for part, ways in helped[:2]:
+        line(f"  Less {part}: {', or '.join(ways)}.")
 
 
 def print_sweep(model: str, target: Target, rows: Sequence[Forecast]) -> None:

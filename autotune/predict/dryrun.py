@@ -24,7 +24,7 @@ from autotune.predict.tracer import Birth, Stretch, Tracer
 from autotune.values import Attention, LossPath, ModelSource, TrainingConfig
 from autotune.workload import loss as loss_paths
 from autotune.workload import prepare
-from autotune.workload.build import build_base
+from autotune.workload.build import UnsupportedModel, build_base
 from autotune.workload.loss import Batch
 from autotune.workload.step import TrainingStep, batch_of
 from autotune.workload.tracking import model_tensors
@@ -63,6 +63,8 @@ class DryRun:
         with contextlib.ExitStack() as stack:  # where something raises, all that was put in place ends
             self._folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="autotune-dry-run-"))
             base = build_base(source, _buildable(config), torch.device("meta"))
+            if config.attention is Attention.FLASH_ATTENTION_2:
+                _check_flash(base.model, source)
             self.parameters = base.parameters
             self.unquantized_bytes = base.unquantized_bytes
             self.pattern = self._pattern(base.model, all_layers)
@@ -225,10 +227,17 @@ class DryRun:
 
 
 def _buildable(config: TrainingConfig) -> TrainingConfig:
-    """The config with an attention that can be built without its package."""
+    """The config with an attention that can be built without its package: eager, which every model has."""
     if config.attention is Attention.FLASH_ATTENTION_2:
-        return replace(config, attention=Attention.SDPA)
+        return replace(config, attention=Attention.EAGER)
     return config
+
+
+def _check_flash(model: Any, source: ModelSource) -> None:
+    if not getattr(model, "_supports_flash_attn", True):
+        raise UnsupportedModel(
+            f"transformers has no attention flash_attention_2 for {source.name}: give another", lacks="attention"
+        )
 
 
 def _name_attention(model: Any, name: str) -> None:

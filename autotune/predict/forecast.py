@@ -19,6 +19,17 @@ ALLOCATED_INTERVAL = 0.01
 RESERVED_INTERVAL = (0.03, 0.08)
 
 
+#: What a `MemoryForecast` says of the allocator, in bytes.
+ALLOCATOR_SIZES = (
+    "after_load_bytes",
+    "forward_peak_allocated_bytes",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "evaluation_peak_allocated_bytes",
+    "checkpoint_peak_allocated_bytes",
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """What a config is predicted for."""
@@ -103,7 +114,8 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     high = reserved * (1 + RESERVED_INTERVAL[1]) + (context.high_bytes if context else 0) + memory.paged_bytes
     intervals: dict[str, tuple[float, float]] = {
         name: (getattr(memory, name) * below, getattr(memory, name) * above)
-        for name in ("after_load_bytes", "forward_peak_allocated_bytes", "peak_allocated_bytes")
+        for name in ALLOCATOR_SIZES
+        if name != "peak_reserved_bytes"
     }
     intervals["peak_reserved_bytes"] = (reserved * (1 - RESERVED_INTERVAL[0]), reserved * (1 + RESERVED_INTERVAL[1]))
     intervals["device_used_bytes"] = (min(low, likely), max(high, likely))
@@ -158,21 +170,12 @@ def _scaled(memory: MemoryForecast, factor: float) -> MemoryForecast:
     """All that the allocator holds, times what was learned; the parts still sum to the peak."""
     if factor == 1.0:
         return memory
-    sizes = {name: round(getattr(memory, name) * factor) for name in _ALLOCATOR_SIZES}
+    sizes = {name: round(getattr(memory, name) * factor) for name in ALLOCATOR_SIZES}
     parts = {part: round(size * factor) for part, size in memory.parts.items()}
     if parts:
         largest = max(parts, key=lambda part: parts[part])
         parts[largest] += sizes["peak_allocated_bytes"] - sum(parts.values())
     return replace(memory, **sizes, parts=parts)
-
-
-_ALLOCATOR_SIZES = (
-    "after_load_bytes",
-    "forward_peak_allocated_bytes",
-    "peak_allocated_bytes",
-    "peak_reserved_bytes",
-    "evaluation_peak_allocated_bytes",
-)
 
 
 def cannot_fit(found: Forecast, limit_bytes: int) -> bool:

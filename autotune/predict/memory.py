@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -24,8 +25,10 @@ class MemoryForecast:
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     evaluation_peak_allocated_bytes: int
+    checkpoint_peak_allocated_bytes: int = 0  # while one is written: tensors go to the host one by one, copied there
     parts: dict[str, int] = field(default_factory=dict)
     paged_bytes: int = 0
+    unquantized_bytes: int = 0  # of the base weights, experts that bitsandbytes leaves in 16 bits
     alloc_retries: int = 0  # times that the allocator had to give its cache back: each costs a step some time
 
 
@@ -40,9 +43,27 @@ def forecast_memory(
     """Memory of a run with `config`, whose B and T belong to the trace's class: loading, two optimizer steps, an
     evaluation. `limit_bytes`: what the allocator may reserve. Raises `OutOfMemory` where that is too little.
 
-    Source of the order: what a Trainer does; of the numbers: the trace.
+    Source of the order: what a Trainer does; of the numbers: the trace. The last few answers are kept.
     """
-    return _Run(trace, config, kernels, limit_bytes).forecast()
+    return _forecast(_ById(trace), config, kernels, limit_bytes)
+
+
+class _ById:
+    """A trace as the key of a cache: itself, not its content."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    def __hash__(self) -> int:
+        return id(self.trace)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and other.trace is self.trace
+
+
+@functools.lru_cache(maxsize=256)
+def _forecast(key: _ById, config: TrainingConfig, kernels: KernelSet, limit_bytes: int | None) -> MemoryForecast:
+    return _Run(key.trace, config, kernels, limit_bytes).forecast()
 
 
 class _Run:
@@ -74,6 +95,7 @@ class _Run:
             self.residents["gradients"] -= size
             forward_peak = max(forward_peak, self.forward_peak)
         self._optimizer(1, gradients)
+        between_steps = self.allocator.allocated_bytes
         self.program_peak = 0
         with contextlib.suppress(NotAlike):  # a trace of one point, and another batch size of the evaluation
             self._program("evaluate", self.config.eval_micro_batch_size or batch, tokens)
@@ -83,8 +105,10 @@ class _Run:
             peak_allocated_bytes=self.peak,
             peak_reserved_bytes=self.peak_reserved,
             evaluation_peak_allocated_bytes=self.program_peak,
+            checkpoint_peak_allocated_bytes=between_steps,
             parts=self._parts_at_peak(),
             paged_bytes=self.trace.paged_bytes,
+            unquantized_bytes=self.trace.unquantized_bytes,
             alloc_retries=self.allocator.num_alloc_retries,
         )
 

@@ -30,7 +30,14 @@ _DIED = {"error": "the dry run's process died; `autotune doctor` looks at this e
 
 
 class DryRunFailed(InvalidRequest):
-    """A model or setting that cannot be traced; the message says why."""
+    """A model or setting that cannot be traced; the message says why.
+
+    `lacks`: the setting that another value would mend, where that is known.
+    """
+
+    def __init__(self, message: str, *, lacks: str | None = None) -> None:
+        super().__init__(message)
+        self.lacks = lacks
 
 
 class DryRunner:
@@ -43,16 +50,18 @@ class DryRunner:
         self._python = python or sys.executable
         self._stop = stop
         self._workers: list[_Worker] = []
-        self._failed: dict[tuple[str, TrainingConfig, KernelSet], str] = {}
+        self._failed: dict[tuple[str, TrainingConfig, KernelSet], DryRunFailed] = {}
         self.made = 0  # traces that a worker made
 
     def trace(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace:
         """The trace for this config. Raises `DryRunFailed`, `Interrupted`."""
         self.prepare(source, [config], kernels)
         key = (source.fingerprint, config, kernels)
-        found = None if key in self._failed else self._store.find(source, config, kernels)
+        if key in self._failed:
+            raise self._failed[key]
+        found = self._store.find(source, config, kernels)
         if found is None:
-            raise DryRunFailed(self._failed.get(key, f"{source.name} cannot be predicted at this length and batch"))
+            raise DryRunFailed(f"{source.name} cannot be predicted at this length and batch")
         return found
 
     def prepare(self, source: ModelSource, configs: Iterable[TrainingConfig], kernels: KernelSet) -> None:
@@ -71,7 +80,8 @@ class DryRunner:
     def _take(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, answer: Message) -> None:
         if "trace" not in answer:
             why = answer.get("error", "its process answered with something else than a trace")
-            self._failed[(source.fingerprint, config, kernels)] = f"{source.name} cannot be predicted: {why}"
+            failure = DryRunFailed(f"{source.name} cannot be predicted: {why}", lacks=answer.get("lacks"))
+            self._failed[(source.fingerprint, config, kernels)] = failure
             return
         self.made += 1
         self._store.keep(source, config, kernels, from_document(answer["trace"]))

@@ -38,4 +38,5 @@ def _answer(message: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - the worker's outermost frame: any failure is the answer
         lines = str(error).strip().splitlines() or [""]
         name = type(error).__name__
-        return {"error": lines[0][:400] if name == "UnsupportedModel" else f"{name}: {lines[0][:300]}"}
+        said = lines[0][:400] if name == "UnsupportedModel" else f"{name}: {lines[0][:300]}"
+        return {"error": said, "lacks": getattr(error, "lacks", None)}

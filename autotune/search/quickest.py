@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from autotune.predict.forecast import Forecast
-from autotune.values import AllocatorSetting, LossPath, TrainingConfig
+from autotune.values import AllocatorSetting, LossPath, TrainingConfig, Upcast
 
 LARGEST_MICRO_BATCH = 64
 TIE = 1.01  # step times within this ratio are one speed: the config that takes less memory is the better one
@@ -17,7 +17,10 @@ Seconds = Callable[[TrainingConfig], float | None]  # of an optimizer step; None
 
 
 def families(start: TrainingConfig) -> list[list[TrainingConfig]]:
-    """Configs at the start's effective batch, by checkpointing and loss, each from the smallest micro batch up."""
+    """Configs at the start's effective batch, by checkpointing and loss, each from the smallest micro batch up.
+
+    Without float32 copies, which cost memory and time and change nothing that is learned (`no_fp32_copies`).
+    """
     batch = start.effective_batch_size
     sizes = [n for n in range(1, min(batch, LARGEST_MICRO_BATCH) + 1) if batch % n == 0]
     return [
@@ -28,6 +31,7 @@ def families(start: TrainingConfig) -> list[list[TrainingConfig]]:
                 gradient_accumulation_steps=batch // size,
                 gradient_checkpointing=checkpointing,
                 loss=loss,
+                upcast=Upcast.NONE,
             )
             for size in sizes
         ]

@@ -26,7 +26,14 @@ _CODE_STD = 0.5566  # standard deviation of the sixteen NF4 levels, drawn evenly
 
 
 class UnsupportedModel(ValueError):
-    """The config names a model that cannot be trained this way; the message says why."""
+    """The config names a model that cannot be trained this way; the message says why.
+
+    `lacks`: the setting of the config that another value would mend, where that is known.
+    """
+
+    def __init__(self, message: str, *, lacks: str | None = None) -> None:
+        super().__init__(message)
+        self.lacks = lacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +96,8 @@ def _skeleton(source: ModelSource, config: TrainingConfig) -> Any:
     except (ImportError, *_REFUSALS) as error:
         if "does not support an attention implementation" in str(error):
             raise UnsupportedModel(
-                f"transformers has no attention {config.attention.value} for {source.name}: give --attention eager"
+                f"transformers has no attention {config.attention.value} for {source.name}: give --attention eager",
+                lacks="attention",
             ) from error
         raise UnsupportedModel(f"transformers cannot build {source.name}: {_first_line(error)}") from error
 
