@@ -24,6 +24,11 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--memory-limit", type=Text(), help="Whole memory to predict for, such as 12GiB. Default: the card's.")
 @click.option(
+    "--in-use",
+    type=Text(),
+    help="Memory that other programs hold, such as 800MiB of a desktop. Default: what they hold now of a GPU here.",
+)
+@click.option(
     "--trainer", type=click.Choice(["transformers", "trl", "loop"]), default="transformers", show_default=True
 )
 @click.option(

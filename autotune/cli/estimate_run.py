@@ -25,12 +25,14 @@ from autotune.predict.forecast import (
 )
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunFailed, DryRunner
+from autotune.probe.predictor import target_of_device
 from autotune.search.quickest import Predict, families, fastest
 from autotune.values import (
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
     TRAINER_UPCAST,
     Attention,
+    Device,
     ModelSource,
     Trainer,
     TrainingConfig,
@@ -57,7 +59,7 @@ def run(options: dict[str, Any]) -> None:
     """Predict and print. Raises `AutotuneError`; `NothingFits` after the closest config is printed."""
     for name in ("plot", "history"):
         _check_free(options[name], force=options["force"])
-    target = choose_target(options["gpu"], options["memory_limit"])
+    target = choose_target(options["gpu"], options["memory_limit"], options["in_use"])
     question = with_what_is_known(_question(options, target))
     runner = DryRunner(TraceStore(trace_folder()))
     try:
@@ -95,29 +97,34 @@ def trace_folder() -> Path:
     return default_home() / "traces"
 
 
-def choose_target(name: str | None, memory_limit: str | None) -> Target:
-    """The card named, of the catalogue; without a name the GPU that is here. Raises `InvalidRequest`."""
+def choose_target(name: str | None, memory_limit: str | None, in_use: str | None = None) -> Target:
+    """The card named, of the catalogue; without a name the GPU that is here. Raises `InvalidRequest`.
+
+    `in_use`: what other programs hold, the display's too; not stated: what they hold now of a GPU that is here.
+    """
     limit = parse_bytes(memory_limit) if memory_limit else None
     if name == "cpu":
         return cpu_target("CPU", limit)
     if name is None or name == "auto" or name.startswith("cuda:"):
-        name = _name_of_gpu_here(name)
-    choice = find_card(name)
-    if choice.others:
-        say(f"{choice.card.name}: {choice.reason}")
-    target = target_of_card(choice.card)
-    return target if limit is None else replace(target, capacity_bytes=limit)
+        target = target_of_device(_gpu_here(name), limit)
+    else:
+        choice = find_card(name)
+        if choice.others:
+            say(f"{choice.card.name}: {choice.reason}")
+        target = target_of_card(choice.card)
+    if limit is not None:
+        target = replace(target, capacity_bytes=limit)
+    return target if in_use is None else replace(target, others_bytes=parse_bytes(in_use))
 
 
-def _name_of_gpu_here(wanted: str | None) -> str:
+def _gpu_here(wanted: str | None) -> Device:
     from autotune.hardware.readers import read_machine
     from autotune.hardware.select import select_device
 
     machine = read_machine()
     if not machine.gpus:
         raise UsageError('no GPU is visible here: name a card with --gpu, such as --gpu "RTX 3060"')
-    device, _ = select_device(wanted or "auto", machine.devices)
-    return device.name
+    return select_device(wanted or "auto", machine.devices)[0]
 
 
 def _question(options: dict[str, Any], target: Target) -> Question:

@@ -50,6 +50,8 @@ def print_estimate(model: str, target: Target, found: Forecast) -> None:
     capacity = f" {verdict} {format_bytes(target.capacity_bytes)}" if target.capacity_bytes else ""
     line(f"  memory in use  {format_bytes(found.device_used_bytes)}{capacity}"
          f" (from {format_bytes(int(low))} to {format_bytes(int(high))})")  # fmt: skip
+    if target.others_bytes:
+        line(f"  of which other programs hold {format_bytes(target.others_bytes)}")
     line(
         f"  allocated {format_bytes(memory.peak_allocated_bytes)}, reserved"
         f" {format_bytes(memory.peak_reserved_bytes)}; after loading {format_bytes(memory.after_load_bytes)},"

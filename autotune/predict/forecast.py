@@ -38,6 +38,7 @@ class Target:
     kernels: KernelSet
     capacity_bytes: int | None  # memory as a program sees it; None: not known
     headroom_bytes: int = 0  # of that, what is to stay free
+    others_bytes: int = 0  # held by other processes and the display
     context: Context | None = None  # None: nothing beside tensors (the CPU)
     card: Card | None = None
     memory_factor: float = 1.0  # learned here: bytes measured ÷ predicted
@@ -109,9 +110,10 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     reserved = memory.peak_reserved_bytes
     if target.kernels.kind == "cpu":
         reserved = memory.peak_allocated_bytes  # malloc gives back what is freed
-    likely = reserved + (context.likely_bytes if context else 0) + memory.paged_bytes
-    low = memory.peak_allocated_bytes * below + (context.low_bytes if context else 0)
-    high = reserved * (1 + RESERVED_INTERVAL[1]) + (context.high_bytes if context else 0) + memory.paged_bytes
+    outside = memory.paged_bytes + target.others_bytes
+    likely = reserved + (context.likely_bytes if context else 0) + outside
+    low = memory.peak_allocated_bytes * below + (context.low_bytes if context else 0) + target.others_bytes
+    high = reserved * (1 + RESERVED_INTERVAL[1]) + (context.high_bytes if context else 0) + outside
     intervals: dict[str, tuple[float, float]] = {
         name: (getattr(memory, name) * below, getattr(memory, name) * above)
         for name in ALLOCATOR_SIZES
@@ -152,7 +154,7 @@ def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[Me
     memory = forecast_memory(trace, config, target.kernels)
     if target.capacity_bytes is None:
         return memory, None
-    outside = memory.paged_bytes + (target.context.likely_bytes if target.context else 0)
+    outside = memory.paged_bytes + target.others_bytes + (target.context.likely_bytes if target.context else 0)
     left = round((target.capacity_bytes - target.headroom_bytes - outside) / target.memory_factor)  # as predicted
     if target.kernels.kind == "cpu":
         return memory, memory.peak_allocated_bytes <= left

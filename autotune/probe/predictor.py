@@ -78,7 +78,7 @@ class FitPredictor:
 
 
 def target_of_device(device: Device, limit_bytes: int | None) -> Target:
-    """A device of this machine as a target: its card's facts where the catalogue has it."""
+    """A device of this machine as a target: its card's facts where the catalogue has it, and what is in use now."""
     if device.kind == "cpu":
         return cpu_target(device.name, limit_bytes)
     card: Card | None
@@ -87,12 +87,14 @@ def target_of_device(device: Device, limit_bytes: int | None) -> Target:
     except InvalidRequest:
         card = None
     capacity = limit_bytes or device.total_bytes
+    others = max(0, (device.total_bytes or 0) - device.free_bytes) if device.free_bytes is not None else 0
     if card is not None:
-        return replace(target_of_card(card), name=device.name, capacity_bytes=capacity)
+        return replace(target_of_card(card), name=device.name, capacity_bytes=capacity, others_bytes=others)
     major = (device.compute_capability or "").split(".")[0]
     is_recent = not major.isdecimal() or int(major) >= 8
     return Target(
         name=device.name,
         kernels=KernelSet(sdpa_flash=is_recent, grouped_mm=is_recent),
         capacity_bytes=capacity,
+        others_bytes=others,
     )
