@@ -19,7 +19,8 @@ from autotune.hardware.cards import Card, cards
 from autotune.predict.forecast import Forecast, target_of_card
 from autotune.predict.store import TraceStore, library_versions
 from autotune.probe.dry_run import DryRunner
-from autotune.values import GIB, AllocatorSetting, LossPath, ModelSource
+from autotune.search.quickest import least
+from autotune.values import GIB, AllocatorSetting, ModelSource
 from autotune.workload.models import catalogue
 from benchmarks.records import markdown_table, one_line_errors
 
@@ -28,12 +29,14 @@ COLUMNS = 7  # models side by side
 
 _INTRO = """# Every model on every card
 
-The fastest config that `autotune estimate` finds for {tokens:,} tokens and an effective batch of {batch} samples, for
-each of the {models} shapes among the {names} built-in models on each of the {cards} cards. **Predicted, nothing was
-run**, with {versions}. Written by `python -m benchmarks.estimate_table`.
+What `autotune estimate` says of {tokens:,} tokens and an effective batch of {batch} samples, for each of the {models}
+shapes among the {names} built-in models on each of the {cards} cards. **Predicted, nothing was run**, with
+{versions}.
+Written by `python -m benchmarks.estimate_table`.
 
-A cell is tokens/s, then the micro batch size; `c` with full gradient checkpointing, `h` with the chunked loss, `e` with
-expandable segments. A cell in brackets does not fit: the least memory in use that was found, in GiB. NF4 with double
+A cell is tokens/s and the micro batch size that is fastest with what takes least memory: full gradient checkpointing
+and the chunked loss (`autotune estimate` itself finds faster configs where there is room for them); `e` where only
+expandable segments make it fit. A cell in brackets does not fit: the least memory in use, in GiB. NF4 with double
 quantisation, LoRA rank 16 on all linear layers, SDPA attention (gpt-oss: eager), no float32 copies,
 `adamw_torch_fused`, float16 where a card has no bfloat16, 2 % of the card (at least 256 MiB) kept free. Speeds order
 cards and configs better than they hit the second: the interval is −20 % to +50 % of step time."""
@@ -66,7 +69,7 @@ def cells(shape: Shape, folder: Path) -> dict[str, str]:
 
 
 def estimated(source: ModelSource, card: Card, runner: DryRunner) -> Forecast:
-    """The search of `autotune estimate`, without what this machine may have learned of the card."""
+    """The search of `autotune estimate` among the configs that take least, without what was learned here of a card."""
     start = start_of(
         card,
         sequence_length=min(TOKENS, source.max_positions or TOKENS),
@@ -74,7 +77,7 @@ def estimated(source: ModelSource, card: Card, runner: DryRunner) -> Forecast:
     )
     question = Question(model=source, config=start, given=False, target=with_headroom(target_of_card(card)))
     question = with_its_attention(question, runner)
-    return fastest_for(question, runner, question.config)[0]
+    return fastest_for(question, runner, [least(question.config)])[0]
 
 
 def cell(best: Forecast) -> str:
@@ -82,12 +85,8 @@ def cell(best: Forecast) -> str:
     if best.fits is False:
         return f"({best.device_used_bytes / GIB:,.0f})"
     config = best.config
-    marks = (
-        ("c", config.gradient_checkpointing == "full"),
-        ("h", config.loss is LossPath.CHUNKED),
-        ("e", config.allocator is AllocatorSetting.EXPANDABLE_SEGMENTS),
-    )
-    return f"{best.tokens_per_second:,.0f} {config.micro_batch_size}{''.join(mark for mark, is_so in marks if is_so)}"
+    mark = "e" if config.allocator is AllocatorSetting.EXPANDABLE_SEGMENTS else ""
+    return f"{best.tokens_per_second:,.0f} {config.micro_batch_size}{mark}"
 
 
 def page(found: Sequence[tuple[Shape, dict[str, str]]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from autotune.predict.forecast import (
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunFailed, DryRunner
 from autotune.probe.predictor import target_of_device
-from autotune.search.quickest import Predict, families, fastest
+from autotune.search.quickest import Predict, families, fastest, least
 from autotune.values import (
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
@@ -63,6 +64,9 @@ def run(options: dict[str, Any]) -> None:
     question = with_what_is_known(_question(options, target))
     runner = DryRunner(TraceStore(trace_folder()))
     try:
+        if not question.given:
+            configs = [config for family in families(question.config) for config in family]
+            runner.prepare(question.model, configs, question.target.kernels)
         question = with_its_attention(question, runner, options["attention"])
         if options["sweep"]:
             _sweep(question, runner, options)
@@ -176,10 +180,8 @@ def with_its_attention(question: Question, runner: DryRunner, stated: str | None
     """The question; with eager attention where none was stated and the model has no other."""
     if question.given or stated is not None:
         return question
-    found = families(question.config)
-    runner.prepare(question.model, [config for family in found for config in family], question.target.kernels)
     try:
-        runner.trace(question.model, found[0][0], question.target.kernels)
+        runner.trace(question.model, least(question.config)[0], question.target.kernels)
     except DryRunFailed as failure:
         if failure.lacks != "attention":
             raise
@@ -193,16 +195,18 @@ def _predictor(question: Question, runner: DryRunner) -> Predict:
     return lambda config: forecast(runner.trace(question.model, config, target.kernels), config, target)
 
 
-def fastest_for(question: Question, runner: DryRunner, start: TrainingConfig) -> tuple[Forecast, list[Forecast]]:
+def fastest_for(
+    question: Question, runner: DryRunner, candidates: Sequence[Sequence[TrainingConfig]]
+) -> tuple[Forecast, list[Forecast]]:
     """The search; the traces of all its configs are made first, side by side."""
     model, target = question.model, question.target
-    runner.prepare(model, [config for family in families(start) for config in family], target.kernels)
+    runner.prepare(model, [config for family in candidates for config in family], target.kernels)
 
     def seconds(config: TrainingConfig) -> float | None:
         time = forecast_step(runner.trace(model, config, target.kernels), config, target)
         return time.step_time_s if time else None
 
-    return fastest(start, _predictor(question, runner), seconds)
+    return fastest(candidates, _predictor(question, runner), seconds)
 
 
 def with_headroom(target: Target) -> Target:
@@ -218,7 +222,7 @@ def _estimate(question: Question, runner: DryRunner, options: dict[str, Any]) ->
     if question.given:
         found = predict(question.config)
     else:
-        found, seen = fastest_for(question, runner, question.config)
+        found, seen = fastest_for(question, runner, families(question.config))
     _write_files(question, runner, found, options)
     if options["as_json"]:
         click.echo(json.dumps(document(question, found, seen), indent=2, allow_nan=False))
@@ -301,7 +305,7 @@ def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> No
     for length in sweep_values(options["sweep"]):
         check_sequence_length(question.model, length)
         config = replace(question.config, sequence_length=length)
-        rows.append(predict(config) if question.given else fastest_for(question, runner, config)[0])
+        rows.append(predict(config) if question.given else fastest_for(question, runner, families(config))[0])
     if options["plot"]:
         from autotune.predict.plot import svg_of_sweep
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from autotune.predict.forecast import Forecast
@@ -40,14 +40,22 @@ def families(start: TrainingConfig) -> list[list[TrainingConfig]]:
     ]
 
 
-def fastest(start: TrainingConfig, predict: Predict, seconds: Seconds) -> tuple[Forecast, list[Forecast]]:
+def least(start: TrainingConfig) -> list[TrainingConfig]:
+    """The family that takes least memory: every layer checkpointed, the loss in chunks."""
+    return families(start)[-1]
+
+
+def fastest(
+    candidates: Sequence[Sequence[TrainingConfig]], predict: Predict, seconds: Seconds
+) -> tuple[Forecast, list[Forecast]]:
     """(the fastest predicted to fit, or the one that needs least where none does; all whose memory was predicted).
 
-    Time is quick to predict and memory is not: what cannot be faster than a config that fits is left out.
+    `candidates` are in families, each from the smallest micro batch up. Time is quick to predict and memory is not:
+    what cannot be faster than a config that fits is left out.
     """
     seen: list[Forecast] = []
     fitting: list[Forecast] = []
-    for family in families(start):
+    for family in candidates:
         for config in family:
             quickest = min((found.step_time_s or 0.0 for found in fitting), default=math.inf)
             if (seconds(config) or 0.0) > quickest * TIE:
