@@ -37,6 +37,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma": {"head_dim": 32},
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
+    "gpt2": {"n_inner": 384},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **GEMMA2},
     "granite": {},
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -55,7 +57,7 @@ def a_model(kind: str, **changes: Any) -> ModelSource:
 
 def a_dry_config(kind: str = "llama", **changes: Any) -> TrainingConfig:
     fields = {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "micro_batch_size": 2, **changes}
-    return a_config(**{"attention": "eager" if kind == "gemma2" else "sdpa", "sequence_length": 128, **fields})
+    return a_config(**{"attention": "eager" if kind in ("gemma2", "gpt_oss") else "sdpa", "sequence_length": 128, **fields})
 
 
 def real_peak(source: ModelSource, config: TrainingConfig, folder: str) -> int:

@@ -130,7 +130,8 @@ def _attention(
         return _efficient_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     plain = torch.ops.aten._scaled_dot_product_attention_math
     attended: torch.Tensor
-    attended, _ = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    with autocast.off():  # as inside any operator that autocast lowers
+        attended, _ = plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return attended
 
 
