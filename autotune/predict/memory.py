@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from autotune.predict.allocator import CachingAllocator
 from autotune.predict.kernels import KernelSet
 from autotune.predict.trace import Expansion, NotAlike, Trace
-from autotune.values import AllocatorSetting, TrainingConfig
+from autotune.values import AllocatorSetting, Quantization, TrainingConfig
 
 ROUNDING = 512
 WARM_UP_LEAVES = 1_288_490_188  # 1.2 GiB free: transformers' caching_allocator_warmup
@@ -122,9 +122,10 @@ class _Run:
         self.residents[part] += sum(rounded(size) for size in sizes)
 
     def _load(self) -> None:
-        """As from_pretrained does: one warm-up block, then tensor by tensor, quantised as they come; then dtypes."""
+        """As from_pretrained does onto a device, where it quantises: one warm-up block, then tensor by tensor; then
+        dtypes. What is not quantised is loaded on the host and moved, tensor by tensor."""
         base = [r for r in self.trace.residents if r.part != "adapters"]
-        if self.kernels.kind == "cuda":
+        if self.kernels.kind == "cuda" and self.config.quantization is not Quantization.NONE:
             warm_up = sum(r.before_bytes or r.size_bytes for r in base)
             if self.limit_bytes is not None:
                 warm_up = min(warm_up, max(0, self.limit_bytes - WARM_UP_LEAVES))

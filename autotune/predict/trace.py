@@ -14,7 +14,7 @@ from typing import Any
 
 #: Products that a tensor's size can be a multiple of, in samples B and tokens T.
 MONOMIALS = ("1", "T", "T-1", "T+1", "B", "BT", "B(T-1)", "B(T+1)", "TT", "BTT", "B+1", "BT-1", "BT+1")
-FORMAT = 3
+FORMAT = 4
 
 
 def monomials(batch: int, tokens: int) -> tuple[int, ...]:

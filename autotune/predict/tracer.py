@@ -88,19 +88,23 @@ class Tracer(TorchDispatchMode):
             return _answer(args[0])
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         temporary = self._temporary_bytes(func, args, kwargs) if self._hidden else 0
-        if temporary:
-            self._births += 1
-            self._log(Birth(self._births, temporary, str(func), _temporary_part(func)))
-            number = self._births
+        before_output = func.name().startswith("bitsandbytes::")  # torch's kernels have their output made beforehand
+        if temporary and before_output:
+            number = self._begin_temporary(func, temporary)
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         for tensor in outputs:
             self._see_output(func, tensor)
         if temporary:
-            self._log(Death(number))
+            self._log(Death(number if before_output else self._begin_temporary(func, temporary)))
         if not _is_view(func):
             self._log(_work(func, args, kwargs, result, inputs, outputs))
         return result
+
+    def _begin_temporary(self, func: Any, size_bytes: int) -> int:
+        self._births += 1
+        self._log(Birth(self._births, size_bytes, str(func), _temporary_part(func)))
+        return self._births
 
     def _log(self, event: Birth | Death | Work) -> None:
         self.stretches[-1].events.append(event)
