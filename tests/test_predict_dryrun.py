@@ -57,7 +57,9 @@ def a_model(kind: str, **changes: Any) -> ModelSource:
 
 def a_dry_config(kind: str = "llama", **changes: Any) -> TrainingConfig:
     fields = {"gradient_accumulation_steps": 1, "optimizer": "adamw_torch", "micro_batch_size": 2, **changes}
-    return a_config(**{"attention": "eager" if kind in ("gemma2", "gpt_oss") else "sdpa", "sequence_length": 128, **fields})
+    return a_config(
+        **{"attention": "eager" if kind in ("gemma2", "gpt_oss") else "sdpa", "sequence_length": 128, **fields}
+    )
 
 
 def real_peak(source: ModelSource, config: TrainingConfig, folder: str) -> int:
