@@ -16,7 +16,7 @@ from autotune.predict.dryrun import DryRun
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.memory import ROUNDING, forecast_memory, rounded
 from autotune.predict.trace import MONOMIALS, Expansion, NotAlike, Trace, from_document, monomials, to_document
-from autotune.values import LossPath, ModelSource, TrainingConfig
+from autotune.values import LossPath, ModelSource, Quantization, Trainer, TrainingConfig, Upcast
 from autotune.workload.build import build_base
 from autotune.workload.step import TrainingStep
 from autotune.workload.tracking import LiveBytes, model_tensors
@@ -130,6 +130,28 @@ def test_dry_peak_is_the_real_steps(kind: str, checkpointing: str, tmp_path: Any
     source, config = a_model(kind), a_dry_config(kind, gradient_checkpointing=checkpointing)
     assert dry_peak(dry_trace(source, config), config) == pytest.approx(
         real_peak(source, config, str(tmp_path)), rel=0.005
+    )
+
+
+#: Each stands for code of its own: a loss path, a checkpointing mode, a dtype that goes where others do not.
+SETTINGS: list[dict[str, Any]] = [
+    {"gradient_checkpointing": "full", "reentrant": True},
+    {"gradient_checkpointing": "every_2", "micro_batch_size": 3, "sequence_length": 100},
+    {"gradient_checkpointing": "full", "loss": LossPath.CHUNKED, "sequence_length": 512},
+    {"gradient_checkpointing": "full", "loss": LossPath.CHUNKED, "trainer": Trainer.TRL},
+    {"trainer": Trainer.LOOP, "autocast": False, "compute_dtype": "float16"},
+    {"upcast": Upcast.FP32, "lora_dropout": 0.1, "attention": "eager"},
+    {"upcast": Upcast.NORMS, "double_quant": False, "micro_batch_size": 1},
+    {"quantization": Quantization.NONE, "upcast": Upcast.FP32, "autocast": False},
+    {"adapter_dtype": "bfloat16", "optimizer": "adamw_8bit", "target_modules": ("q_proj", "v_proj")},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=lambda changes: ",".join(map(str, changes.values())))
+def test_dry_peak_is_the_real_steps_in_other_settings(changes: dict[str, Any], tmp_path: Any) -> None:
+    source, config = a_model("llama"), a_dry_config(**changes)
+    assert dry_peak(dry_trace(source, config), config) == pytest.approx(
+        real_peak(source, config, str(tmp_path)), rel=0.002
     )
 
 
