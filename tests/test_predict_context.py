@@ -7,9 +7,9 @@ import statistics
 import pytest
 
 from autotune.hardware.cards import Card, cards, find_card
-from autotune.predict.context import Context, context_of
+from autotune.predict.context import SPREAD, Context, context_of
 from autotune.values import MIB
-from benchmarks.contexts import MESSAGES, read_contexts
+from benchmarks.contexts import MESSAGES, read_contexts, unseen_bytes, unseen_text
 
 PUBLISHED = read_contexts(MESSAGES)
 
@@ -20,6 +20,28 @@ def test_every_published_context_lies_in_its_cards_interval(card: Card) -> None:
     margin = 15 * MIB  # the messages' rounding
     assert taken.low_bytes - margin <= found[0] <= found[-1] <= taken.high_bytes + margin
     assert taken.likely_bytes == pytest.approx(statistics.median(found), rel=0.2)
+
+
+@pytest.mark.parametrize("card", PUBLISHED, ids=lambda card: card.name)
+def test_a_card_that_the_fit_has_not_seen_lies_within_a_sixth_of_it(card: Card) -> None:
+    unseen, found = unseen_bytes(card, PUBLISHED), PUBLISHED[card]
+    margin = 15 * MIB
+    assert statistics.median(found) == pytest.approx(unseen, rel=0.17)
+    assert SPREAD[0] * unseen - margin <= found[0] <= found[-1] <= SPREAD[1] * unseen + margin
+
+
+def test_a_cards_own_messages_do_not_move_what_is_said_of_it_unseen() -> None:
+    card = find_card("RTX 3090").card
+    moved = {**PUBLISHED, card: [10 * size for size in PUBLISHED[card]]}
+    assert unseen_bytes(card, moved) == unseen_bytes(card, PUBLISHED)
+    assert unseen_bytes(find_card("T4").card, moved) != unseen_bytes(find_card("T4").card, PUBLISHED)
+
+
+def test_the_table_says_how_far_unseen_cards_are() -> None:
+    words = unseen_text(PUBLISHED)
+    assert "0.84 (NVIDIA RTX 6000 Ada Generation)" in words
+    assert "1.14 (NVIDIA GeForce RTX 3090)" in words
+    assert "47 of 49 messages" in words
 
 
 @pytest.mark.parametrize("card", cards(), ids=lambda card: card.name)
