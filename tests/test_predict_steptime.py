@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from autotune.hardware.cards import Card, find_card
 from autotune.predict.steptime import INTERVAL, POWER_CAPPED, Efficiency, forecast_time
+from autotune.predict.store import TraceStore
 from autotune.predict.trace import MONOMIALS, Block, Loop, NotAlike, Size, Trace, WorkSum
 from autotune.values import Attention, TrainingConfig
 from benchmarks import speed_rank
@@ -204,6 +205,19 @@ def test_rows_of_one_config_are_one_and_others_are_left_out_with_a_reason() -> N
     assert any("fused kernels" in reason for reason in reasons)
     assert "GPTQ base weights" in reasons
     assert not any("Mixtral" in one.case.model for one in timed)
+
+
+@pytest.mark.slow  # about 30 s: fifteen dry runs
+def test_predicted_speeds_order_the_published_ones(tmp_path: Path) -> None:
+    """Traced anew, not read from a file: a change of the dry run or of the clock shows here."""
+    timed, _ = speed_rank.timed_rows(read_published(PUBLISHED))
+    store = TraceStore(tmp_path)
+    found = [group for group in speed_rank.groups(speed_rank.predict(one, store) for one in timed) if group.has_bar]
+    assert [(group.card, len(group.speeds)) for group in found] == [(A100.name, 6), (T4.name, 19)]
+    assert all(group.passed for group in found), [(group.model, group.spearman) for group in found]
+    for group in found:
+        for speed in group.speeds:
+            assert INTERVAL[0] <= speed.predicted / speed.published <= INTERVAL[1], speed
 
 
 @pytest.mark.parametrize(("backwards", "code"), [(False, 0), (True, 1)])
