@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import re
 import xml.dom.minidom
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
+import pytest
+
+from autotune.predict.context import Context
+from autotune.predict.forecast import Forecast, Target, forecast
 from autotune.predict.kernels import KernelSet
 from autotune.predict.memory import forecast_memory
 from autotune.predict.plot import _samples, svg_of_step, svg_of_sweep, viewer_snapshot
@@ -39,18 +45,54 @@ def a_trace() -> Trace:
     )
 
 
+CONTEXT = Context(low_bytes=2 * MIB, likely_bytes=3 * MIB, high_bytes=4 * MIB, source="made up")
+
+
+def drawn(config: TrainingConfig = CONFIG, **facts: Any) -> tuple[str, Forecast, float]:
+    """The picture, its forecast, and bytes at the top of the stack as drawn."""
+    stated: dict[str, Any] = {"kernels": KernelSet(cublas_workspace_bytes=0), "capacity_bytes": 64 * MIB, **facts}
+    target = Target(name="A card", context=CONTEXT, others_bytes=5 * MIB, **stated)
+    found = forecast(a_trace(), config, target)
+    svg = svg_of_step(a_trace(), found, target, title="A & B <tiny>")
+    places = [[float(at.split(",")[1]) for at in line.split()] for line in re.findall(r'polygon points="([^"]+)"', svg)]
+    bottom, top = max(map(max, places)), min(map(min, places))
+    dashed = [float(y) for y in re.findall(r'y1="([\d.]+)" y2="[\d.]+" stroke="#333"', svg)]
+    return svg, found, found.device_used_bytes * (bottom - top) / (bottom - dashed[0])
+
+
 def test_a_step_is_drawn_with_every_part_and_the_card() -> None:
-    svg = svg_of_step(a_trace(), CONFIG, KernelSet(), title="A & B <tiny>", capacity_bytes=64 * MIB)
+    svg, _, _ = drawn()
     xml.dom.minidom.parseString(svg)
     for words in (
         "base weights",
         "layer activations",
         "gradients",
         "optimizer state",
-        "the card",
+        "CUDA context",
+        "other programs",
+        "0.1 GiB to fit in",
+        "reserved at the peak",
+        "what the allocator caches is not drawn",
         "A &amp; B &lt;tiny&gt;",
     ):
         assert words in svg
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_the_stack_is_what_the_card_would_show_apart_from_the_allocators_cache(factor: float) -> None:
+    _, found, highest = drawn(memory_factor=factor)
+    cached = found.memory.peak_reserved_bytes - found.memory.peak_allocated_bytes
+    assert highest == pytest.approx(found.device_used_bytes - cached, rel=0.005)
+    assert highest == pytest.approx((3 + 5 + factor * 13) * MIB, rel=0.005)  # context, others, tensors
+
+
+@pytest.mark.parametrize(("capacity", "fits"), [(64 * MIB, True), (20 * MIB, False)])
+def test_what_does_not_fit_is_drawn_past_the_cards_line(capacity: int, fits: bool) -> None:
+    svg, found, _ = drawn(capacity_bytes=capacity, headroom_bytes=MIB)
+    (card,), (peak,) = (re.findall(rf'y1="([\d.]+)" y2="[\d.]+" stroke="{c}"', svg) for c in ("#c00", "#333"))
+    assert found.fits is fits
+    assert (float(card) < float(peak)) is fits  # up is less
+    assert "to fit in, with some kept free" in svg
 
 
 def test_a_frontier_marks_what_does_not_fit() -> None:

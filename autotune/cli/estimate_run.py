@@ -248,8 +248,7 @@ def _write_files(question: Question, runner: DryRunner, found: Forecast, options
     trace = runner.trace(question.model, found.config, kernels)
     if options["plot"]:
         title = f"{question.model.name} on {question.target.name}, predicted"
-        svg = svg_of_step(trace, found.config, kernels, title=title, capacity_bytes=found.capacity_bytes)
-        _write(options["plot"], svg.encode())
+        _write(options["plot"], svg_of_step(trace, found, question.target, title=title).encode())
     if options["history"]:
         _write(options["history"], viewer_snapshot(trace, found.config, kernels))
 

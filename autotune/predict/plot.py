@@ -8,15 +8,20 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from autotune.predict.forecast import Forecast, Target
 from autotune.predict.kernels import KernelSet
 from autotune.predict.memory import rounded
 from autotune.predict.trace import Expansion, Trace
 from autotune.values import GIB, TrainingConfig
 
 SAMPLES = 400
-_WIDTH, _HEIGHT, _LEFT, _TOP = 900, 420, 60, 40
+_WIDTH, _HEIGHT, _LEFT, _TOP, _LEGEND = 940, 420, 60, 40, 260
 #: Parts from the bottom up, each with its colour.
 _COLOURS = {
+    "other programs": "#d9d9d9",
+    "CUDA context": "#a0a0a0",
+    "HIP context": "#a0a0a0",
+    "paged optimizer state": "#c7e9b4",
     "base weights": "#4e79a7",
     "quantisation state": "#86a9cf",
     "adapters": "#59a14f",
@@ -75,13 +80,17 @@ def _walk(expansion: Expansion, live: Counter[str]) -> Iterator[tuple[str, int, 
                 yield part, -size, ~event, operator
 
 
-def svg_of_step(
-    trace: Trace, config: TrainingConfig, kernels: KernelSet, *, title: str, capacity_bytes: int | None = None
-) -> str:
-    """Stacked areas of what lives over a micro batch and an optimizer step; of each sample its highest moment."""
-    highest = _samples(trace, config, kernels)
-    top = max(max(sum(sample.values()) for sample in highest), capacity_bytes or 0) * 1.05
-    wide = (_WIDTH - _LEFT - 220) / max(1, len(highest) - 1)
+def svg_of_step(trace: Trace, found: Forecast, target: Target, *, title: str) -> str:
+    """Stacked areas of what the device shows in use over micro batches and an optimizer step, but for what the
+    allocator caches; of each sample its highest moment."""
+    beside = _beside_tensors(found, target)
+    highest = [
+        Counter({part: round(size * found.memory_factor) for part, size in sample.items()}) + beside
+        for sample in _samples(trace, found.config, target.kernels)
+    ]
+    limit = None if found.capacity_bytes is None else found.capacity_bytes - target.headroom_bytes
+    top = max(max(sample.total() for sample in highest), found.device_used_bytes, limit or 0) * 1.05
+    wide = (_WIDTH - _LEFT - _LEGEND) / max(1, len(highest) - 1)
 
     def at(i: int, size: float) -> str:
         return f"{_LEFT + i * wide:.1f},{_TOP + _HEIGHT * (1 - size / top):.1f}"
@@ -99,20 +108,44 @@ def svg_of_step(
         peak = max(sample[part] for sample in highest) / GIB
         legend.append((colour, f"{part} {peak:.2f} GiB"))
         below = above
-    if capacity_bytes:
-        y = _TOP + _HEIGHT * (1 - capacity_bytes / top)
-        shapes.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH - 220}" y1="{y:.1f}" y2="{y:.1f}" stroke="#c00" stroke-dasharray="6 4"/>'
-            f'<text x="{_LEFT + 4}" y="{y - 4:.1f}" fill="#c00">{capacity_bytes / GIB:.1f} GiB, the card</text>'
-        )
+    if limit is not None:
+        kept = ", with some kept free" if target.headroom_bytes else ""
+        shapes.append(_level(limit, top, f"{limit / GIB:.1f} GiB to fit in{kept}", "#c00"))
+    held = "" if target.kernels.kind == "cpu" else "with what is reserved "
+    words = f"{found.device_used_bytes / GIB:.1f} GiB {held}at the peak"
+    shapes.append(_level(found.device_used_bytes, top, words, "#333", right=True))
     keys = [
-        f'<rect x="{_WIDTH - 205}" y="{_TOP + 22 * i}" width="12" height="12" fill="{colour}"/>'
-        f'<text x="{_WIDTH - 188}" y="{_TOP + 11 + 22 * i}">{escape(text)}</text>'
+        f'<rect x="{_WIDTH - _LEGEND + 15}" y="{_TOP + 22 * i}" width="12" height="12" fill="{colour}"/>'
+        f'<text x="{_WIDTH - _LEGEND + 32}" y="{_TOP + 11 + 22 * i}">{escape(text)}</text>'
         for i, (colour, text) in enumerate(reversed(legend))
     ]
-    batches = "two micro batches" if config.gradient_accumulation_steps > 1 else "one micro batch"
-    below_axis = f"GiB; {batches}, forward to backward, then the optimizer step"
+    batches = "two micro batches" if found.config.gradient_accumulation_steps > 1 else "one micro batch"
+    below_axis = f"GiB; {batches}, forward to backward, then the optimizer step; what the allocator caches is not drawn"
     return _svg(title, [*_axis(top), *shapes, *keys], below_axis)
+
+
+def _beside_tensors(found: Forecast, target: Target) -> Counter[str]:
+    """What the device holds besides the allocator's memory, by part; none of it changes over a step."""
+    context = "HIP context" if target.card is not None and target.card.vendor == "amd" else "CUDA context"
+    return Counter(
+        {
+            "other programs": target.others_bytes,
+            context: target.context.likely_bytes if target.context else 0,
+            "paged optimizer state": found.memory.paged_bytes,
+        }
+    )
+
+
+def _level(size: float, top: float, words: str, colour: str, *, right: bool = False) -> str:
+    """A dashed line at so many bytes, named at its left or right end."""
+    y = _TOP + _HEIGHT * (1 - size / top)
+    x, anchor = (_WIDTH - _LEGEND - 4, "end") if right else (_LEFT + 4, "start")
+    return (
+        f'<line x1="{_LEFT}" x2="{_WIDTH - _LEGEND}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}"'
+        f' stroke-dasharray="6 4"/>'
+        f'<text x="{x}" y="{y - 4:.1f}" text-anchor="{anchor}" fill="{colour}" stroke="white"'
+        f' stroke-width="3" paint-order="stroke">{escape(words)}</text>'
+    )
 
 
 def _samples(trace: Trace, config: TrainingConfig, kernels: KernelSet) -> list[Counter[str]]:
@@ -169,7 +202,7 @@ def _axis(top: float) -> list[str]:
     for i in range(6):
         y = _TOP + _HEIGHT * (1 - i / 5)
         lines.append(
-            f'<line x1="{_LEFT}" x2="{_WIDTH - 220}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _LEGEND}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
             f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * i / 5 / GIB:.1f}</text>'
         )
     return lines
