@@ -254,10 +254,11 @@ Written by `python -m benchmarks.guide_claims` with
 
 **Predicted, nothing was run**: {MODEL}'s shape, NF4 with double quantisation, rank 16 on all linear
 layers, SDPA attention, full checkpointing, {DOCUMENTED.optimizer}, {DOCUMENTED.sequence_length:,} tokens,
-micro batch 2 with accumulation 4 or 1 with 8, unless a row says otherwise. *As documented* is peft's k-bit preparation with its float32 copies, and the
-whole logits; *no float32 copies* leaves the copies out; *chunked loss too* also takes the logits in pieces. GB are
-10⁹ bytes; of a device what it shows in use: tensors, the allocator's cache, the CUDA context. A config fits where 2 %
-of the card, at least 256 MiB, stay free. Savings and settings are compared on an A100 80 GB, where all of them fit.
+micro batch 2 with accumulation 4 or 1 with 8, unless a row says otherwise. *As documented* is peft's k-bit preparation
+with its float32 copies, and the whole logits; *no float32 copies* leaves the copies out; *chunked loss too* also takes
+the logits in pieces. GB are 10⁹ bytes; of a device what it shows in use: tensors, the allocator's cache, the CUDA
+context. A config fits where 2 % of the card, at least 256 MiB, stay free. Savings and settings are compared on an A100
+80 GB, where all of them fit.
 ✓ and ✗: what the claim is true of and what not; "about" is within {100 * ABOUT:.0f} %, a range ends where it ends.
 
 {{table}}
