@@ -294,6 +294,10 @@ class FitRequest:
             raise ValueError(f"--min-lora-rank {self.min_lora_rank} is above --lora-rank {self.start.lora_rank}")
 
 
+#: Installed libraries that decide what a step allocates: fields of `Environment`, and their names on PyPI.
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
     """The software that a measurement depends on. A version that is not installed is None."""
@@ -414,10 +418,11 @@ class Judgement:
 class Prediction:
     """What is expected before measuring. Never a measurement."""
 
-    peak_allocated_bytes: int
+    peak_allocated_bytes: int  # of a whole run: training and an evaluation
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
     step_time_s: float | None = None
+    training_peak_allocated_bytes: int | None = None  # without the evaluation, as a probe runs; None: not known
     memory_factor: float | None = None  # learned from earlier trials, and in the bytes above; None: not known
     time_factor: float | None = None  # and in the seconds
 

@@ -12,9 +12,7 @@ from autotune.errors import InvalidRequest
 from autotune.hardware.ask import Ask, NoAnswer, ask
 from autotune.hardware.ask_versions import installed_versions
 from autotune.hardware.system import operating_system
-from autotune.values import Device, Environment
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+from autotune.values import LIBRARIES, Device, Environment
 
 
 def read_environment(python: str | None, device: Device, threads: int | None = None, *, ask: Ask = ask) -> Environment:
@@ -41,9 +39,9 @@ def read_environment(python: str | None, device: Device, threads: int | None = N
 
 def _versions(python: str | None, ask: Ask) -> dict[str, Any]:
     if is_own_python(python):
-        return {"python": platform.python_version(), "versions": installed_versions(list(PACKAGES))}
+        return {"python": platform.python_version(), "versions": installed_versions(list(LIBRARIES))}
     try:
-        return ask("versions", *PACKAGES, python=python)
+        return ask("versions", *LIBRARIES, python=python)
     except NoAnswer as error:
         raise InvalidRequest(
             f"{python} cannot be run as a Python of 3.11 or newer ({error}): give --python the interpreter of your"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import os
-import tempfile
+import re
+import time
+import zlib
 from pathlib import Path
 
+from autotune.hardware.ask_versions import installed_versions
 from autotune.predict.kernels import KernelSet
 from autotune.predict.trace import FORMAT, Trace, from_document, to_document
-from autotune.values import ModelSource, TrainingConfig, to_json
+from autotune.values import LIBRARIES, ModelSource, TrainingConfig, to_json
 
 #: Settings that a trace does not depend on, or that are its variables.
 _FREE = (
@@ -27,7 +30,14 @@ _FREE = (
     "packing",
     "lora_alpha",
 )
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+#: Modules of this folder that read traces; every other one, and the workload, decides what is in a trace.
+_READERS = frozenset(
+    {"allocator.py", "context.py", "forecast.py", "kernels.py", "learned.py", "memory.py", "plot.py", "steptime.py"}
+)
+_STRAY = re.compile(r".+\.part|tmp\w{8}")  # what a killed process leaves; the second is tempfile's naming
+_TRACE = re.compile(r"[0-9a-f]{24}\.json\.gz")
+_STRAY_KEPT_S = 24 * 3600.0
+_TRACE_KEPT_S = 90 * 24 * 3600.0  # since it was read
 
 
 def window_of(source: ModelSource) -> int | None:
@@ -57,15 +67,28 @@ class TraceStore:
     def find(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace | None:
         """The trace that holds at the config's B and T, or None."""
         for own_point in (False, True):
-            path = self.path(source, config, kernels, own_point)
+            found = self._read(self.path(source, config, kernels, own_point))
             try:
-                if path not in self._loaded:
-                    self._loaded[path] = from_document(json.loads(gzip.decompress(path.read_bytes())))
-                self._loaded[path].expand("first", config.micro_batch_size, config.sequence_length)
-            except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError):
+                if found is not None:
+                    found.expand("first", config.micro_batch_size, config.sequence_length)
+                    return found
+            except (ValueError, KeyError, TypeError, IndexError):
                 continue
-            return self._loaded[path]
         return None
+
+    def has_class(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> bool:
+        """Whether there is a trace of the config's class, though it may not hold at its B and T."""
+        return self._read(self.path(source, config, kernels, own_point=False)) is not None
+
+    def _read(self, path: Path) -> Trace | None:
+        if path not in self._loaded:
+            try:
+                self._loaded[path] = from_document(json.loads(gzip.decompress(path.read_bytes())))
+            except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
+                return None
+            with contextlib.suppress(OSError):  # a folder that is read only
+                os.utime(path)
+        return self._loaded[path]
 
     def keep(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, trace: Trace) -> None:
         """Written whole or not at all; a folder that cannot be written to costs the next command its time."""
@@ -74,9 +97,13 @@ class TraceStore:
         data = gzip.compress(json.dumps(to_document(trace), separators=(",", ":")).encode(), compresslevel=1)
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, path)
+            remove_old(self.folder, time.time())
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            try:
+                part.write_bytes(data)
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
 
     def path(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet, own_point: bool) -> Path:
         """Where the trace of the config's class is kept, or the one that holds for its own B and T alone."""
@@ -85,16 +112,30 @@ class TraceStore:
         point = (config.micro_batch_size, config.sequence_length) if own_point else None
         where = class_of(source, config.micro_batch_size, config.sequence_length)
         picked = {k: v for k, v in dataclasses.asdict(kernels).items() if k != "cublas_workspace_bytes"}
-        key = [source.fingerprint, settings, picked, where, point, self._versions, FORMAT]
+        key = [source.fingerprint, settings, picked, where, point, self._versions, FORMAT, sources_hash()]
         return self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json.gz"
 
 
 def library_versions() -> dict[str, str | None]:
-    """Versions that decide what a step allocates; None: not installed."""
-    found: dict[str, str | None] = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    """Versions that decide what a step allocates, of this interpreter; None: not installed."""
+    return installed_versions(list(LIBRARIES))
+
+
+@functools.cache
+def sources_hash(package: Path = Path(__file__).parent.parent) -> str:
+    """Of the files that decide what is in a trace: one that another state of them made is another trace."""
+    makers = [path for path in (package / "predict").glob("*.py") if path.name not in _READERS]
+    makers += (package / "workload").glob("*.py")
+    found = hashlib.sha256()
+    for path in sorted(makers):
+        found.update(f"{path.name} ".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()
+
+
+def remove_old(folder: Path, now: float) -> None:
+    """Delete what killed processes left a day ago, and traces that nobody read for 90 days."""
+    for names, kept_s in ((_STRAY, _STRAY_KEPT_S), (_TRACE, _TRACE_KEPT_S)):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):  # another process deletes too
+                if names.fullmatch(path.name) and now - path.stat().st_mtime > kept_s:
+                    path.unlink()
