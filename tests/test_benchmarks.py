@@ -273,3 +273,12 @@ def test_benchmark_help_has_an_example(command: click.Command) -> None:
     done = CliRunner().invoke(command, ["--help"])
     assert done.exit_code == 0
     assert "Example:\n    python -m benchmarks." in done.output
+
+
+def test_every_command_has_its_row_and_its_paragraph() -> None:
+    folder = ROOT / "benchmarks"
+    told = (folder / "README.md").read_text(encoding="utf-8")
+    commands = {path.stem for path in folder.glob("*.py") if 'if __name__ == "__main__"' in path.read_text("utf-8")}
+    for name in commands - {"user_script"}:  # what probe_cost compares with
+        assert f"| `python -m benchmarks.{name}` |" in told
+        assert f"\n## {name}\n" in told
