@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from autotune.errors import InvalidRequest
+from autotune.errors import InvalidRequest, UsageError
 from autotune.values import ModelSource
-from autotune.workload.models import catalogue, check_config, check_sequence_length, resolve_model
+from autotune.workload.models import catalogue, check_config, check_optimizer, check_sequence_length, resolve_model
 
 LLAMA = catalogue()["HuggingFaceTB/SmolLM2-135M"].config
 
@@ -142,15 +142,31 @@ def test_unreadable_configs_are_refused_in_one_line(content: Any, words: str, tm
         ({"intermediate_size": -1536}, "intermediate_size"),
         ({"num_hidden_layers": 30.5}, "num_hidden_layers"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
-        ({"num_hidden_layers": 10**6}, "above 10,000"),
-        ({"num_local_experts": 10**6}, "num_local_experts"),
+        ({"num_hidden_layers": 1001}, "above 1,000"),
+        ({"num_attention_heads": 10**6}, "above 10,000"),
+        ({"num_local_experts": 4097}, "num_local_experts of"),
+        ({"num_labels": 10**9}, "num_labels of"),
+        ({"vision_config": {"model_type": "clip", "num_labels": 10**9}}, "above 100,000"),
+        ({"id2label": {str(n): "x" for n in range(100_001)}}, "the size of id2label"),
+        ({"label2id": ["x"]}, "label2id of"),
+        ({"sliding_window": 10**15}, "above 2,147,483,648"),
+        ({"sliding_window": -1}, "below 0"),
+        ({"sliding_window": 4096.5}, "4096.5, not a whole number"),
+        ({"rope_theta": 0}, "must be above 0 and finite, not 0"),
+        ({"rope_theta": float("inf")}, "above 0 and finite, not Infinity"),
+        ({"rope_theta": 10**400}, "not a number of more than 30 digits"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "rope_theta of"),
+        ({"rms_norm_eps": float("nan")}, "from 0 to 1, not NaN"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps of"),
+        ({"attention_dropout": 1.0}, "at least 0 and below 1, not 1.0"),
+        ({"hidden_size": {"a": {"b": 1}}}, "is an object, not a whole number"),
         ({"num_attention_heads": 0}, "below 1"),
         ({"num_key_value_heads": 0}, "below 1"),
         ({"vocab_size": 10**7 + 1}, "above 10,000,000"),
         ({"vocab_size": 10**4000}, "above 10,000,000"),
         ({"max_position_embeddings": "2048"}, '"2048", not a whole number'),
         ({"max_position_embeddings": 10**9}, "max_position_embeddings"),
-        ({"intermediate_size": [1536, "x"]}, "not a whole number"),
+        ({"intermediate_size": [1536, "x"]}, "a list, not a whole number"),
         ({"rope_theta": "10000"}, "rope_theta"),
         ({"rms_norm_eps": [1e-5]}, "rms_norm_eps"),
         ({"model_type": "my_own"}, "never runs code from a model folder"),
@@ -163,7 +179,7 @@ def test_unreadable_configs_are_refused_in_one_line(content: Any, words: str, tm
         ({"model_type": "clip", "text_config": {"model_type": "clip_text_model"}}, "not a causal language model"),
         ({"model_type": "llava", "text_config": {**LLAMA, "hidden_size": -1}}, "(text_config)"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_values_that_lie_are_refused_in_one_line(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     refused_with(folder_with(tmp_path, {**LLAMA, **change}), words)
@@ -176,6 +192,7 @@ def test_values_that_lie_are_refused_in_one_line(change: dict[str, Any], words: 
         {"num_key_value_heads": None},
         {"intermediate_size": [1536] * 30},
         {"max_position_embeddings": 10_485_760},  # Llama-4-Scout
+        {"sliding_window": None, "attention_dropout": 0.1, "num_labels": 2, "id2label": {"0": "a", "1": "b"}},
         {"num_local_experts": 0},  # a dense model of a family with experts
         {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},  # stated, never run
         {"model_type": "bert", "is_decoder": True},
@@ -189,6 +206,15 @@ def test_odd_but_true_values_are_accepted(change: dict[str, Any], tmp_path: Path
 def test_gpt2_names_are_read_too() -> None:
     with pytest.raises(InvalidRequest, match="7 heads do not divide hidden_size 768"):
         check_config({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 7}, "gpt2")
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fuse", "", "x" * 5000])
+def test_an_optimizer_that_transformers_does_not_know_is_one_short_line(name: str) -> None:
+    check_optimizer("paged_adamw_8bit")
+    with pytest.raises(UsageError, match=r"config.yaml: optimizer .* is not known to transformers") as refusal:
+        check_optimizer(name, option="config.yaml: optimizer")
+    assert "adamw_torch_fused" in str(refusal.value)
+    assert len(str(refusal.value)) < 400
 
 
 # What does not: paths

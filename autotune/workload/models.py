@@ -28,7 +28,11 @@ MAX_CONFIG_BYTES = 10_000_000  # the largest real config.json files (label maps)
 NETWORK_TIMEOUT_S = 10.0
 LARGEST_SIZE = 10**7  # no published model has a width or a vocabulary near it
 LARGEST_CONTEXT = 10**8  # Llama-4-Scout states 10,485,760
-LARGEST_COUNT = 10**4  # layers, heads and experts: each becomes modules, so a lie here would hang a dry run
+LARGEST_COUNT = 10**4  # heads
+LARGEST_LAYERS = 1_000  # each becomes modules: 10,000 took a dry run over a minute; no published model has 200
+LARGEST_EXPERTS = 4_096  # of a layer
+LARGEST_LABELS = 100_000  # transformers makes two entries of each
+LARGEST_WINDOW = 2**31  # tokens
 
 # Families name these differently; the first name present is the one meant (GPT-2: n_embd; MPT, OPT: d_model).
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "n_embed")
@@ -36,9 +40,18 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _SIZES = (*_HIDDEN, "intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim", "head_dim", "vocab_size")
 _CONTEXTS = ("max_position_embeddings", "n_positions")
-_COUNTS = (*_LAYERS, *_HEADS, "num_key_value_heads")
-_COUNTS_FROM_ZERO = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")
-_NUMBERS = ("rope_theta", "rms_norm_eps", "partial_rotary_factor", "sliding_window")
+_COUNTS = (*_HEADS, "num_key_value_heads")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+#: Which numbers a key takes, and how to say so; of nan nothing is true.
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "rope_theta": (lambda n: 0 < n <= 1e30, "above 0 and finite"),
+    "rms_norm_eps": (lambda n: 0 <= n <= 1, "from 0 to 1"),
+    "layer_norm_eps": (lambda n: 0 <= n <= 1, "from 0 to 1"),
+    "layer_norm_epsilon": (lambda n: 0 <= n <= 1, "from 0 to 1"),
+    "partial_rotary_factor": (lambda n: 0 <= n <= 1, "from 0 to 1"),
+    "attention_dropout": (lambda n: 0 <= n < 1, "at least 0 and below 1"),
+}
 
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _PATH_LIKE = re.compile(r"[./~\\]|[A-Za-z]:\\|.*\.json$", re.DOTALL)
@@ -112,15 +125,17 @@ def check_sequence_length(source: ModelSource, n: int, *, option: str = "--seque
         )
 
 
-def check_optimizer(name: str) -> None:
-    """Raises `UsageError` for a name that transformers' `TrainingArguments.optim` does not know."""
+def check_optimizer(name: str, *, option: str = "--optimizer") -> None:
+    """Raises `UsageError`, naming the `option` that said so, for a name that transformers' `TrainingArguments.optim`
+    does not know.
+    """
     known = _optimizers()
     if known and name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
+        near = difflib.get_close_matches(name[:200], known, n=3)
         which = (
             f"the nearest are {', '.join(near)}" if near else "the usual ones are adamw_torch_fused, adamw_8bit, sgd"
         )
-        raise UsageError(f"--optimizer {shown(name)} is not known to transformers {_version()}: {which}")
+        raise UsageError(f"{option} {shown(name)} is not known to transformers {_version()}: {which}")
 
 
 def shown(name: str) -> str:
@@ -337,6 +352,9 @@ def check_config(config: Any, name: str) -> None:
     nested = config.get("text_config")
     if nested is not None and not isinstance(nested, dict):
         raise InvalidRequest(f"the text_config of {name} is not a JSON object: give a model's config.json")
+    for holder in _objects(config):
+        _check_numbers(holder, name)
+        _check_labels(holder, name)
     _check_sizes(config, name)
     if nested is not None:
         _check_sizes(nested, f"{name} (text_config)")
@@ -349,15 +367,43 @@ def _check_sizes(config: dict[str, Any], name: str) -> None:
         (_SIZES, 1, LARGEST_SIZE),
         (_CONTEXTS, 1, LARGEST_CONTEXT),
         (_COUNTS, 1, LARGEST_COUNT),
-        (_COUNTS_FROM_ZERO, 0, LARGEST_COUNT),
+        (_LAYERS, 1, LARGEST_LAYERS),
+        (_EXPERTS, 0, LARGEST_EXPERTS),
+        (_WINDOWS, 0, LARGEST_WINDOW),
     ):
         for key in keys:
             _check_whole(config.get(key), key, smallest, largest, name)
-    for key in _NUMBERS:
-        value = config.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise InvalidRequest(f"{key} of {name} is {_quoted(value)}, not a number: correct its config.json")
     _check_heads(config, name)
+
+
+def _objects(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config and every object in it: transformers builds the inner configs too."""
+    waiting = [config]
+    while waiting:
+        holder = waiting.pop()
+        yield holder
+        waiting += [value for value in holder.values() if isinstance(value, dict)]
+
+
+def _check_numbers(config: dict[str, Any], name: str) -> None:
+    for key, (is_possible, wanted) in _NUMBERS.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequest(f"{key} of {name} is {_quoted(value)}, not a number: correct its config.json")
+        if not is_possible(value):
+            raise InvalidRequest(f"{key} of {name} must be {wanted}, not {_quoted(value)}: correct its config.json")
+
+
+def _check_labels(config: dict[str, Any], name: str) -> None:
+    """A training step uses none, but transformers makes as many as the config says."""
+    _check_whole(config.get("num_labels"), "num_labels", 0, LARGEST_LABELS, name)
+    for key in ("id2label", "label2id"):
+        labels = config.get(key)
+        if labels is not None and not isinstance(labels, dict):
+            raise InvalidRequest(f"{key} of {name} is {_quoted(labels)}, not an object: correct its config.json")
+        _check_whole(len(labels or ()), f"the size of {key}", 0, LARGEST_LABELS, name)
 
 
 def _check_whole(value: Any, key: str, smallest: int, largest: int, name: str) -> None:
@@ -401,7 +447,12 @@ def _has_inner_config(config: dict[str, Any]) -> bool:
 
 
 def _quoted(value: Any) -> str:
-    return shown(json.dumps(value))[:40]
+    """A value of any size and type in a few characters."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a number of more than 30 digits"  # Python refuses to print one of thousands
+    return shown(json.dumps(value[:60] if isinstance(value, str) else value))[:40]
 
 
 # What transformers knows: its mapping files are read as text, since importing them costs seconds
