@@ -84,6 +84,7 @@ def test_16_bit_lora_quantises_nothing() -> None:
         ({**CONFIG, "num_hidden_layers": 0}, "no linear layer"),
         ({**CONFIG, "num_attention_heads": 7}, "refuses|cannot build"),
         ({**CONFIG, "hidden_act": "no_such_activation"}, "cannot build"),
+        ({**CONFIG, "layer_types": ["odd", "odd"]}, "refuses .*layer_types.* must be"),  # its second line
     ],
 )
 def test_models_that_cannot_be_built_are_refused_with_the_reason(config: dict[str, Any], words: str) -> None:

@@ -99,7 +99,7 @@ def _skeleton(source: ModelSource, config: TrainingConfig) -> Any:
                 f"transformers has no attention {config.attention.value} for {source.name}: give --attention eager",
                 lacks="attention",
             ) from error
-        raise UnsupportedModel(f"transformers cannot build {source.name}: {_first_line(error)}") from error
+        raise UnsupportedModel(f"transformers cannot build {source.name}: {_reason(error)}") from error
 
 
 def hf_config_of(source: ModelSource) -> Any:
@@ -112,7 +112,7 @@ def hf_config_of(source: ModelSource) -> Any:
     try:
         hf_config = CONFIG_MAPPING[kind].from_dict(copy.deepcopy(source.config))
     except _REFUSALS as error:
-        raise UnsupportedModel(f"transformers refuses the config of {source.name}: {_first_line(error)}") from error
+        raise UnsupportedModel(f"transformers refuses the config of {source.name}: {_reason(error)}") from error
     return hf_config.get_text_config(decoder=True)
 
 
@@ -263,5 +263,6 @@ def _expert_bytes(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.ndim >= 3 and p.is_floating_point())
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _reason(error: BaseException) -> str:
+    """What it says as one line: the first line of transformers' refusals often names only the check that failed."""
+    return " ".join(str(error)[:2000].split())[:300] or type(error).__name__
