@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,16 +14,15 @@ from typing import Any
 import click
 
 from autotune.configfile import read_config
-from autotune.errors import InvalidRequest, NothingFits, StoreError, UsageError
+from autotune.errors import GpuUnavailable, InvalidRequest, NothingFits, StoreError, UsageError
 from autotune.hardware.cards import Card, find_card
 from autotune.hardware.select import headroom_of_card
-from autotune.hardware.sizes import format_bytes, parse_bytes
+from autotune.hardware.sizes import InvalidSize, format_bytes, parse_bytes
 from autotune.predict.forecast import (
     ALLOCATOR_SIZES,
     Forecast,
     Target,
     cpu_target,
-    forecast,
     forecast_step,
     target_of_card,
 )
@@ -39,10 +41,14 @@ from autotune.values import (
     TrainingConfig,
     to_json,
 )
-from autotune.workload.models import check_sequence_length, resolve_model
+from autotune.workload.models import check_optimizer, check_sequence_length, resolve_model, shown
 
 SCHEMA = "autotune.estimate/1"
-_SEARCHED = ("model", "sequence_length", "effective_batch_size", "attention")  # options that a config file answers
+_SEARCHED = ("model", "sequence_length", "effective_batch_size", "attention", "trainer")  # a config file answers them
+_LONGEST_SWEEP = 64  # lengths
+_LARGEST_LENGTH = 10_000_000  # tokens
+_RANGE = re.compile(r"(\d{1,8})\.\.(\d{1,8})", re.ASCII)
+_LIST = re.compile(r"\d{1,8}(?:\s*,\s*\d{1,8})*", re.ASCII)
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
 
 
@@ -58,8 +64,7 @@ class Question:
 
 def run(options: dict[str, Any]) -> None:
     """Predict and print. Raises `AutotuneError`; `NothingFits` after the closest config is printed."""
-    for name in ("plot", "history"):
-        _check_free(options[name], force=options["force"])
+    check_options(options)
     target = choose_target(options["gpu"], options["memory_limit"], options["in_use"])
     question = with_what_is_known(_question(options, target))
     runner = DryRunner(TraceStore(trace_folder()))
@@ -72,8 +77,29 @@ def run(options: dict[str, Any]) -> None:
             _sweep(question, runner, options)
         else:
             _estimate(question, runner, options)
+    except DryRunFailed as failure:
+        if question.given and failure.lacks == "attention":  # in the words of a file
+            raise InvalidRequest(str(failure).replace("--attention eager", "attention: eager")) from failure
+        raise
     finally:
         runner.close()
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Before anything is read or run. Raises `UsageError`, `InvalidRequest`."""
+    if options["sweep"] is not None:
+        sweep_values(options["sweep"])
+        if options["history"] is not None:
+            raise UsageError("--history and --sweep: a history is of one step; leave one of them out")
+    for name in ("plot", "history"):
+        path = options[name]
+        if path is None:
+            continue
+        if options["config_file"] is not None and _is_same(path, options["config_file"]):
+            raise UsageError(f"--{name} {path} is the --config file: give another name")
+        _check_free(path, force=options["force"])
+    if options["plot"] and options["history"] and _is_same(options["plot"], options["history"]):
+        raise UsageError("--plot and --history have one name: give them two")
 
 
 def with_what_is_known(question: Question) -> Question:
@@ -106,10 +132,16 @@ def choose_target(name: str | None, memory_limit: str | None, in_use: str | None
 
     `in_use`: what other programs hold, the display's too; not stated: what they hold now of a GPU that is here.
     """
-    limit = parse_bytes(memory_limit) if memory_limit else None
-    if name == "cpu":
+    limit = _bytes_of("--memory-limit", memory_limit)
+    others = _bytes_of("--in-use", in_use, smallest=0)
+    wanted = "" if name is None else name.strip().lower()
+    if wanted == "cpu":
+        if others is not None:
+            raise UsageError(
+                "--in-use is of a GPU's memory, and --gpu cpu has none: leave it out, or give --memory-limit"
+            )
         return cpu_target("CPU", limit)
-    if name is None or name == "auto" or name.startswith("cuda:"):
+    if name is None or _IS_HERE.fullmatch(wanted):
         target = target_of_device(_gpu_here(name), limit)
     else:
         choice = find_card(name)
@@ -118,7 +150,24 @@ def choose_target(name: str | None, memory_limit: str | None, in_use: str | None
         target = target_of_card(choice.card)
     if limit is not None:
         target = replace(target, capacity_bytes=limit)
-    return target if in_use is None else replace(target, others_bytes=parse_bytes(in_use))
+    if others is None:
+        return target
+    if target.total_bytes is not None and others > target.total_bytes:
+        raise InvalidRequest(
+            f"--in-use {format_bytes(others)} is above the {format_bytes(target.total_bytes)} of {target.name}:"
+            " give what other programs hold of it"
+        )
+    return replace(target, others_bytes=others)
+
+
+_IS_HERE = re.compile(r"auto|(cuda|rocm|xpu)(:.*)?")  # of --gpu: a device of this machine, not a card's name
+
+
+def _bytes_of(option: str, text: str | None, *, smallest: int = 1) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text, smallest=smallest)
+    except InvalidSize as error:
+        raise InvalidSize(f"{option}: {error}") from error
 
 
 def _gpu_here(wanted: str | None) -> Device:
@@ -127,7 +176,8 @@ def _gpu_here(wanted: str | None) -> Device:
 
     machine = read_machine()
     if not machine.gpus:
-        raise UsageError('no GPU is visible here: name a card with --gpu, such as --gpu "RTX 3060"')
+        kind = UsageError if wanted is None else GpuUnavailable
+        raise kind('no GPU is visible here: name a card with --gpu, such as --gpu "RTX 3060"')
     return select_device(wanted or "auto", machine.devices)[0]
 
 
@@ -138,10 +188,7 @@ def _question(options: dict[str, Any], target: Target) -> Question:
             raise UsageError(
                 f"--{stated[0].replace('_', '-')} and --config: the file says it already; give one of them"
             )
-        found = read_config(options["config_file"])
-        model = resolve_model(found.model, say=say)
-        check_sequence_length(model, found.config.sequence_length)
-        return Question(model=model, config=found.config, given=True, target=target)
+        return _given(options["config_file"], target)
     model = resolve_model(options["model"] or DEFAULT_MODEL, say=say)
     length = options["sequence_length"] or min(2048, model.max_positions or 2048)
     check_sequence_length(model, length)
@@ -149,10 +196,43 @@ def _question(options: dict[str, Any], target: Target) -> Question:
         target.card,
         sequence_length=length,
         effective_batch_size=options["effective_batch_size"] or 16,
-        trainer=Trainer(options["trainer"]),
+        trainer=Trainer(options["trainer"] or Trainer.TRANSFORMERS),
         attention=Attention(options["attention"] or Attention.SDPA),
     )
+    check_attention(start.attention, target, option="--attention")
     return Question(model=model, config=start, given=False, target=with_headroom(target))
+
+
+def _given(path: Path, target: Target) -> Question:
+    """Of a config file. Raises `InvalidRequest` for what can be seen to be wrong before a dry run."""
+    found = read_config(path)
+    try:
+        check_optimizer(found.config.optimizer, option=f"{path}: optimizer")
+    except UsageError as error:  # the file is wrong, not the command line
+        raise InvalidRequest(str(error)) from error
+    check_attention(found.config.attention, target, option=f"{path}: attention:")
+    model = resolve_model(found.model, say=say)
+    check_sequence_length(model, found.config.sequence_length, option="sequence_length:")
+    config = with_its_dtype(found.config, target, stated="compute_dtype" in found.stated)
+    return Question(model=model, config=config, given=True, target=target)
+
+
+def check_attention(attention: Attention, target: Target, *, option: str) -> None:
+    """Raises `InvalidRequest`, naming the `option` that said so, for one that has no kernels on the target."""
+    runs = target.kernels.kind != "cpu" and (target.card is None or target.card.attention.flash_attention_2)
+    if attention is Attention.FLASH_ATTENTION_2 and not runs:
+        raise InvalidRequest(f"flash_attention_2 does not run on {target.name}: give {option} sdpa, or eager")
+
+
+def with_its_dtype(config: TrainingConfig, target: Target, *, stated: bool) -> TrainingConfig:
+    """The config of a file, with float16 where none is stated and the card has no bfloat16; told on stderr."""
+    if target.card is None or config.compute_dtype in ("float32", *target.card.dtypes):
+        return config
+    if stated:
+        say(f"{target.name} has no units for {config.compute_dtype}, it is slow there: give compute_dtype: float16.")
+        return config
+    say(f"{target.name} has no units for {config.compute_dtype}: compute_dtype: float16 is predicted.")
+    return replace(config, compute_dtype="float16")
 
 
 def start_of(
@@ -191,8 +271,7 @@ def with_its_attention(question: Question, runner: DryRunner, stated: str | None
 
 
 def _predictor(question: Question, runner: DryRunner) -> Predict:
-    target = question.target
-    return lambda config: forecast(runner.trace(question.model, config, target.kernels), config, target)
+    return lambda config: runner.forecast(question.model, config, question.target)
 
 
 def fastest_for(
@@ -211,7 +290,7 @@ def fastest_for(
 
 def with_headroom(target: Target) -> Target:
     """The target with the headroom that a fit keeps of a card; of the CPU's limit none."""
-    if target.capacity_bytes is None or target.card is None:
+    if target.capacity_bytes is None or target.kernels.kind == "cpu":
         return target
     return replace(target, headroom_bytes=headroom_of_card(target.capacity_bytes))
 
@@ -281,28 +360,35 @@ def predicted(found: Forecast) -> dict[str, Any]:
 
 
 def sweep_values(text: str) -> list[int]:
-    """ "sequence_length=512..8192" → 512, 1024, … 8192; commas list values. Raises `UsageError`."""
+    """ "sequence_length=512..5000" → 512, 1024, … 4096, 5000; commas list values. Raises `UsageError`."""
     name, _, rest = text.partition("=")
-    first, dots, last = rest.partition("..")
-    try:
-        values = [int(part) for part in rest.split(",")] if not dots else []
-        if dots:
-            value, end = int(first), int(last)
-            while 0 < value <= end and len(values) < 64:
-                values.append(value)
-                value *= 2
-    except ValueError:
-        values = []
-    if name != "sequence_length" or not values or min(values) < 1:
-        raise UsageError(f"--sweep {text[:60]}: write sequence_length=512..8192 (doubling) or sequence_length=512,768")
+    rest, values = rest.strip(), []
+    if found := _RANGE.fullmatch(rest):
+        value, end = int(found[1]), int(found[2])
+        while 0 < value < end:
+            values.append(value)
+            value *= 2
+        values += [end] if 0 < int(found[1]) <= end else []
+    elif _LIST.fullmatch(rest):
+        values = list(dict.fromkeys(int(part) for part in rest.split(",")))
+    if name.strip() != "sequence_length" or not values or min(values) < 1:
+        raise UsageError(
+            f"--sweep {shown(text[:60])}: write sequence_length=512..8192 (doubling) or sequence_length=512,768"
+        )
+    if max(values) > _LARGEST_LENGTH or len(values) > _LONGEST_SWEEP:
+        raise UsageError(
+            f"--sweep {shown(text[:60])}: give at most {_LONGEST_SWEEP} lengths, from 1 to {_LARGEST_LENGTH:,} tokens"
+        )
     return values
 
 
 def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> None:
     predict = _predictor(question, runner)
     rows = []
-    for length in sweep_values(options["sweep"]):
-        check_sequence_length(question.model, length)
+    lengths = sweep_values(options["sweep"])
+    for length in lengths:  # all of them before the first is predicted
+        check_sequence_length(question.model, length, option="--sweep lengths of")
+    for length in lengths:
         config = replace(question.config, sequence_length=length)
         rows.append(predict(config) if question.given else fastest_for(question, runner, families(config))[0])
     if options["plot"]:
@@ -334,13 +420,26 @@ def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> No
     print_sweep(question.model.name, question.target, rows)
 
 
-def _check_free(path: Path | None, *, force: bool) -> None:
-    if path is None:
-        return
-    if path.exists() and not force:
+def _check_free(path: Path, *, force: bool) -> None:
+    """Before anything is predicted, not after."""
+    try:
+        mode = path.stat().st_mode if path.exists() else None
+        is_beside = path.parent.is_dir()
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written ({error.strerror}): give another name") from error
+    if mode is not None and not stat.S_ISREG(mode):
+        raise InvalidRequest(f"{path} is no regular file: give the name of one")
+    if mode is not None and not force:
         raise InvalidRequest(f"{path} exists: give --force to overwrite it, or another name")
-    if not path.parent.is_dir():
+    if not is_beside:
         raise InvalidRequest(f"{path.parent} is no folder: make it first, or give another name")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """By name, or by what lies there: a link is what it leads to."""
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _write(path: Path, data: bytes) -> None:

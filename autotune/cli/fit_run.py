@@ -32,6 +32,7 @@ from autotune.probe.predictor import FitPredictor, target_of_device
 from autotune.recommendation import closest_trial, fit_document, fit_file_document
 from autotune.tuner import Seams, fit, request_id
 from autotune.values import (
+    LIBRARIES,
     MIB,
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
@@ -242,10 +243,10 @@ def _predictor(
     environment: Environment,
     store: GpuStore,
 ) -> FitPredictor:
-    target = target_of_device(device, request.memory_limit_bytes)
-    runner = DryRunner(TraceStore(default_home() / "traces"), python=options["python"], stop=stopped)
-    usable = None if target.capacity_bytes is None else target.capacity_bytes - headroom
-    return FitPredictor(runner, request.model, target, usable, environment, lambda: store.trials(latest=LEARNED_FROM))
+    target = dataclasses.replace(target_of_device(device, request.memory_limit_bytes), headroom_bytes=headroom)
+    traces = TraceStore(default_home() / "traces", {name: getattr(environment, name) for name in LIBRARIES})
+    runner = DryRunner(traces, python=options["python"], stop=stopped)
+    return FitPredictor(runner, request.model, target, environment, lambda: store.trials(latest=LEARNED_FROM))
 
 
 def check_environment(environment: Environment, device: Device, python: str | None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
-from autotune.hardware.cards import Card
+from autotune.hardware.cards import Card, cards
 from autotune.values import MIB
 
 
@@ -94,4 +95,20 @@ def context_of(card: Card) -> Context:
         high_bytes=round(likely * SPREAD[1]),
         source=f"fitted to out-of-memory messages of 17 cards: 60 MiB and 2.1 KiB for each of"
         f" {threads:,} resident threads",
+    )
+
+
+def context_of_capability(capability: str | None) -> Context:
+    """Of a GPU that the catalogue does not have: as its cards of that compute capability, or AMD target, or the usual.
+
+    It may be far smaller than they are, as a MIG slice is: its low end is what a context takes on any card.
+    """
+    alike = [context_of(card) for card in cards() if capability is not None and card.compute_capability == capability]
+    if not alike:
+        return _USUAL
+    return Context(
+        low_bytes=round(_FIXED_BYTES * SPREAD[0]),
+        likely_bytes=round(statistics.median(context.likely_bytes for context in alike)),
+        high_bytes=max(context.high_bytes for context in alike),
+        source=f"not in the catalogue: as its {len(alike)} cards of {capability}",
     )

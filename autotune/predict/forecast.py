@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from autotune.hardware.cards import Card
 from autotune.predict.allocator import OutOfMemory
 from autotune.predict.context import Context, context_of
-from autotune.predict.kernels import CPU, KernelSet
+from autotune.predict.kernels import CPU, KernelSet, kernels_of
 from autotune.predict.memory import MemoryForecast, forecast_memory
 from autotune.predict.steptime import TimeForecast, forecast_time
 from autotune.predict.trace import Trace
-from autotune.values import MIB, Prediction, TrainingConfig
+from autotune.values import Prediction, TrainingConfig
 
 #: Of allocated memory, either way: 31 published T4 rows lay within 0.4 %, and stacks differ (benchmarks/).
 ALLOCATED_INTERVAL = 0.01
@@ -36,8 +36,9 @@ class Target:
 
     name: str
     kernels: KernelSet
-    capacity_bytes: int | None  # memory as a program sees it; None: not known
-    headroom_bytes: int = 0  # of that, what is to stay free
+    capacity_bytes: int | None  # what this run may take: the card's memory as a program sees it, or a limit
+    total_bytes: int | None = None  # the card's own memory; None: there is none beside the capacity (the CPU)
+    headroom_bytes: int = 0  # of the capacity, what is to stay free
     others_bytes: int = 0  # held by other processes and the display
     context: Context | None = None  # None: nothing beside tensors (the CPU)
     card: Card | None = None
@@ -46,13 +47,22 @@ class Target:
     time_factor: float = 1.0  # learned here: seconds measured ÷ predicted
     time_interval: tuple[float, float] | None = None  # of step time; None: nothing learned, the roofline's own
 
+    @property
+    def allowed_bytes(self) -> int | None:
+        """What `device_used_bytes` may reach: a limit is of this run alone, but all must find room on the card."""
+        if self.capacity_bytes is None:
+            return None
+        total = self.capacity_bytes if self.total_bytes is None else self.total_bytes
+        return min(self.capacity_bytes + self.others_bytes, total) - self.headroom_bytes
+
 
 def target_of_card(card: Card) -> Target:
     """A card of the catalogue as a target."""
     return Target(
         name=card.name,
-        kernels=kernels_of(card),
+        kernels=kernels_of(card.vendor, card.compute_capability, card.attention),
         capacity_bytes=card.memory_bytes,
+        total_bytes=card.memory_bytes,
         context=context_of(card),
         card=card,
     )
@@ -62,28 +72,18 @@ def cpu_target(name: str, limit_bytes: int | None) -> Target:
     return Target(name=name, kernels=CPU, capacity_bytes=limit_bytes)
 
 
-def kernels_of(card: Card) -> KernelSet:
-    """cuBLAS keeps 32 MiB a handle on sm90 and sm100 and 8.125 MiB elsewhere (CUDABlas.cpp); hipBLAS is taken alike."""
-    large = card.compute_capability in ("9.0", "10.0", "10.3")
-    return KernelSet(
-        sdpa_flash=card.attention.sdpa_flash,
-        sdpa_efficient=card.attention.sdpa_efficient,
-        grouped_mm=card.vendor != "nvidia" or tuple(map(int, (card.compute_capability or "0").split("."))) >= (8, 0),
-        cublas_workspace_bytes=32 * MIB if large else KernelSet().cublas_workspace_bytes,
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
     """Everything predicted of one config. Intervals are (low, high)."""
 
     config: TrainingConfig
     memory: MemoryForecast
-    device_used_bytes: int
+    device_used_bytes: int  # as NVML would show it: the context and others' memory too
     step_time_s: float | None
     intervals: dict[str, tuple[float, float]]
     capacity_bytes: int | None
     fits: bool | None  # by tensors, what the allocator cannot give back, the context; None: capacity not known
+    allowed_bytes: int | None = None  # what `device_used_bytes` may reach (`Target.allowed_bytes`)
     memory_factor: float = 1.0  # learned, and in the numbers above
     time_factor: float = 1.0
 
@@ -92,7 +92,9 @@ class Forecast:
         return self.config.tokens_per_step / self.step_time_s if self.step_time_s else None
 
     def prediction(self) -> Prediction:
+        peak, evaluation = self.memory.peak_allocated_bytes, self.memory.evaluation_peak_allocated_bytes
         return Prediction(
+            training_peak_allocated_bytes=peak if evaluation is None or evaluation < peak else None,
             peak_allocated_bytes=self.memory.peak_allocated_bytes,
             peak_reserved_bytes=self.memory.peak_reserved_bytes,
             device_used_bytes=self.device_used_bytes,
@@ -106,20 +108,24 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     """Predict one config. Raises `NotAlike` for a trace that does not hold at its B and T."""
     memory, fits = _memory_of(trace, config, target)
     memory, (below, above) = _scaled(memory, target.memory_factor), target.memory_interval
+    if target.kernels.kind == "cpu":  # malloc gives back what is freed
+        memory = replace(memory, peak_reserved_bytes=memory.peak_allocated_bytes)
     context = target.context
     reserved = memory.peak_reserved_bytes
-    if target.kernels.kind == "cpu":
-        reserved = memory.peak_allocated_bytes  # malloc gives back what is freed
     outside = memory.paged_bytes + target.others_bytes
     likely = reserved + (context.likely_bytes if context else 0) + outside
     low = memory.peak_allocated_bytes * below + (context.low_bytes if context else 0) + target.others_bytes
-    high = reserved * (1 + RESERVED_INTERVAL[1]) + (context.high_bytes if context else 0) + outside
+    held = (  # what was learned of allocated memory, and fragmentation on top
+        reserved * (1 - RESERVED_INTERVAL[0]) * below / (1 - ALLOCATED_INTERVAL),
+        reserved * (1 + RESERVED_INTERVAL[1]) * above / (1 + ALLOCATED_INTERVAL),
+    )
+    high = held[1] + (context.high_bytes if context else 0) + outside
     intervals: dict[str, tuple[float, float]] = {
         name: (getattr(memory, name) * below, getattr(memory, name) * above)
         for name in ALLOCATOR_SIZES
         if name != "peak_reserved_bytes"
     }
-    intervals["peak_reserved_bytes"] = (reserved * (1 - RESERVED_INTERVAL[0]), reserved * (1 + RESERVED_INTERVAL[1]))
+    intervals["peak_reserved_bytes"] = held
     intervals["device_used_bytes"] = (min(low, likely), max(high, likely))
     time = forecast_step(trace, config, target)
     if time is not None:
@@ -133,6 +139,7 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
         intervals={name: (int(a), int(b)) if name.endswith("_bytes") else (a, b) for name, (a, b) in intervals.items()},
         capacity_bytes=target.capacity_bytes,
         fits=fits,
+        allowed_bytes=target.allowed_bytes,
         memory_factor=target.memory_factor,
         time_factor=target.time_factor,
     )
@@ -152,10 +159,10 @@ def forecast_step(trace: Trace, config: TrainingConfig, target: Target) -> TimeF
 def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[MemoryForecast, bool | None]:
     """Memory on this target, and whether it fits: what the allocator would only cache it gives back at the limit."""
     memory = forecast_memory(trace, config, target.kernels)
-    if target.capacity_bytes is None:
+    if target.allowed_bytes is None:
         return memory, None
     outside = memory.paged_bytes + target.others_bytes + (target.context.likely_bytes if target.context else 0)
-    left = round((target.capacity_bytes - target.headroom_bytes - outside) / target.memory_factor)  # as predicted
+    left = round((target.allowed_bytes - outside) / target.memory_factor)  # as predicted
     if target.kernels.kind == "cpu":
         return memory, memory.peak_allocated_bytes <= left
     if memory.peak_reserved_bytes <= left:
@@ -180,6 +187,6 @@ def _scaled(memory: MemoryForecast, factor: float) -> MemoryForecast:
     return replace(memory, **sizes, parts=parts)
 
 
-def cannot_fit(found: Forecast, limit_bytes: int) -> bool:
-    """Whether even the low end is above the limit: worth no probe."""
-    return found.intervals["device_used_bytes"][0] > limit_bytes
+def cannot_fit(found: Forecast) -> bool:
+    """Whether even the low end is above what is allowed: worth no probe."""
+    return found.allowed_bytes is not None and found.intervals["device_used_bytes"][0] > found.allowed_bytes

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from autotune.hardware.cards import AttentionKernels, cards
+from autotune.values import MIB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelSet:
@@ -26,3 +29,24 @@ class KernelSet:
 
 
 CPU = KernelSet(kind="cpu", sdpa_flash=False, sdpa_efficient=False, cublas_workspace_bytes=0)
+
+
+def kernels_of(vendor: str, capability: str | None, attention: AttentionKernels | None = None) -> KernelSet:
+    """Of a GPU of this compute capability or AMD target (None: unknown, a recent one is assumed).
+
+    `attention`: what the catalogue says of the card; None: of another card of the same target, or else NVIDIA's
+    kernels as its compute capability says, and none on others. cuBLAS keeps 32 MiB a handle on sm90 and sm100 and
+    8.125 MiB elsewhere (CUDABlas.cpp); hipBLAS is taken alike.
+    """
+    if attention is None and capability is not None:
+        alike = (card for card in cards() if (card.vendor, card.compute_capability) == (vendor, capability))
+        attention = next((card.attention for card in alike), None)
+    is_nvidia = vendor == "nvidia"
+    is_recent = is_nvidia and float(capability or "8.0") >= 8
+    large = capability in ("9.0", "10.0", "10.3")
+    return KernelSet(
+        sdpa_flash=attention.sdpa_flash if attention else is_recent,
+        sdpa_efficient=attention.sdpa_efficient if attention else is_nvidia,
+        grouped_mm=is_recent or not is_nvidia,
+        cublas_workspace_bytes=32 * MIB if large else KernelSet().cublas_workspace_bytes,
+    )

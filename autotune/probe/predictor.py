@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from autotune.errors import InvalidRequest
 from autotune.hardware.cards import Card, find_card
-from autotune.predict.forecast import Forecast, Target, cannot_fit, cpu_target, forecast, target_of_card
-from autotune.predict.kernels import KernelSet
+from autotune.predict.context import context_of_capability
+from autotune.predict.forecast import Forecast, Target, cannot_fit, cpu_target, target_of_card
+from autotune.predict.kernels import kernels_of
 from autotune.predict.learned import learn, with_learned
 from autotune.predict.trace import NotAlike
 from autotune.probe.dry_run import DryRunner
@@ -21,7 +22,8 @@ logger = logging.getLogger(__name__)
 class FitPredictor:
     """Implements the flow's `Predictor`: a config that cannot be traced has no prediction, and is probed.
 
-    `history` gives what is stored of this device; it is asked once, before the first prediction.
+    `target` says the headroom too. `history` gives what is stored of this device; it is asked once, before the first
+    prediction.
     """
 
     def __init__(
@@ -29,12 +31,10 @@ class FitPredictor:
         runner: DryRunner,
         source: ModelSource,
         target: Target,
-        usable_bytes: int | None,
         environment: Environment,
         history: Callable[[], Sequence[TrialRecord]] = lambda: (),
     ) -> None:
         self._runner, self._source, self._plain = runner, source, target
-        self._usable_bytes = usable_bytes
         self._environment = environment
         self._history = history
         self._trials: list[TrialRecord] | None = None
@@ -48,7 +48,7 @@ class FitPredictor:
     def hopeless(self, config: TrainingConfig) -> bool:
         """Whether even the low end of what is expected is above what may be used."""
         found = self._forecast(config)
-        return found is not None and self._usable_bytes is not None and cannot_fit(found, self._usable_bytes)
+        return found is not None and cannot_fit(found)
 
     def learn(self, trial: TrialRecord) -> None:
         """Take a trial of this fit in: the next prediction goes by it too."""
@@ -70,8 +70,7 @@ class FitPredictor:
     def _forecast(self, config: TrainingConfig) -> Forecast | None:
         self._known()
         try:
-            trace = self._runner.trace(self._source, config, self._target.kernels)
-            return forecast(trace, config, self._target)
+            return self._runner.forecast(self._source, config, self._target)
         except (InvalidRequest, NotAlike) as error:
             logger.debug("no prediction: %s", error)
             return None
@@ -81,20 +80,34 @@ def target_of_device(device: Device, limit_bytes: int | None) -> Target:
     """A device of this machine as a target: its card's facts where the catalogue has it, and what is in use now."""
     if device.kind == "cpu":
         return cpu_target(device.name, limit_bytes)
-    card: Card | None
-    try:
-        card = find_card(device.name).card
-    except InvalidRequest:
-        card = None
-    capacity = limit_bytes or device.total_bytes
-    others = max(0, (device.total_bytes or 0) - device.free_bytes) if device.free_bytes is not None else 0
+    card = _card_of(device)
     if card is not None:
-        return replace(target_of_card(card), name=device.name, capacity_bytes=capacity, others_bytes=others)
-    major = (device.compute_capability or "").split(".")[0]
-    is_recent = not major.isdecimal() or int(major) >= 8
-    return Target(
+        target = target_of_card(card)
+    else:
+        target = Target(
+            name=device.name,
+            kernels=kernels_of(_VENDOR[device.kind], device.compute_capability),
+            capacity_bytes=None,
+            context=context_of_capability(device.compute_capability),
+        )
+    others = max(0, (device.total_bytes or 0) - device.free_bytes) if device.free_bytes is not None else 0
+    return replace(
+        target,
         name=device.name,
-        kernels=KernelSet(sdpa_flash=is_recent, grouped_mm=is_recent),
-        capacity_bytes=capacity,
+        capacity_bytes=limit_bytes or device.total_bytes,
+        total_bytes=device.total_bytes,
         others_bytes=others,
     )
+
+
+_VENDOR = {"cuda": "nvidia", "rocm": "amd", "xpu": "intel"}
+
+
+def _card_of(device: Device) -> Card | None:
+    """The catalogue's card of that name; a MIG slice, which has its card's name, is another."""
+    if device.mig not in (None, "enabled"):
+        return None
+    try:
+        return find_card(device.name).card
+    except InvalidRequest:
+        return None
