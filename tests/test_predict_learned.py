@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import pytest
 
+import autotune
 from autotune.cli import estimate_run
 from autotune.cli.learned_here import is_of_card, learned_here, learned_line
 from autotune.hardware.cards import find_card
 from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, target_of_card
-from autotune.predict.kernels import KernelSet
 from autotune.predict.learned import CONTEXT_MARGIN_BYTES, Spread, learn, with_learned
 from autotune.predict.steptime import INTERVAL
+from autotune.predict.store import library_versions
 from autotune.predict.trace import Trace
 from autotune.probe.dry_run import DryRunner
 from autotune.probe.predictor import FitPredictor
@@ -41,12 +42,14 @@ from tests.trial_records import DEVICE, report, trial
 
 CARD = find_card("RTX 3060 12GB").card
 GPU = an_environment(driver="580.65.06", threads=None)
+LIBRARIES_HERE: dict[str, Any] = library_versions()
+INSTALLED = replace(GPU, **LIBRARIES_HERE, autotune=autotune.__version__)
 
 
 def predicted(**changes: Any) -> Prediction:
-    """9 GiB and 1 s, uncorrected."""
-    fields = {"peak_allocated_bytes": 9 * GIB, "step_time_s": 1.0, "memory_factor": 1.0, "time_factor": 1.0}
-    return Prediction(**{**fields, **changes})
+    """9 GiB and 1 s, uncorrected; the evaluation takes less."""
+    fields = {"peak_allocated_bytes": 9 * GIB, "step_time_s": 1.0, "memory_factor": 1.0, "time_factor": 1.0, **changes}
+    return Prediction(**{"training_peak_allocated_bytes": fields["peak_allocated_bytes"], **fields})
 
 
 def measured(memory: float = 1.0, time: float = 1.0, context: int = 500 * MIB, **changes: Any) -> TrialRecord:
@@ -93,6 +96,31 @@ def test_a_correction_that_a_prediction_had_is_taken_out_again() -> None:
     assert (memory, time) == (pytest.approx(1.1), pytest.approx(2.0))
 
 
+@pytest.mark.parametrize(
+    ("origin", "training", "ratio"),
+    [
+        (Origin.PROOF, 6 * GIB, 1.0),
+        (Origin.PROOF, None, 1.0),
+        (Origin.PROBE, round(8.8 * GIB), pytest.approx(9 / 8.8)),
+        (Origin.PROBE, None, None),  # the evaluation takes more, or a row of before it was kept
+    ],
+)
+def test_a_probe_is_held_against_training_and_a_proof_against_the_whole(
+    origin: Origin, training: int | None, ratio: Any
+) -> None:
+    prediction = predicted(training_peak_allocated_bytes=training)
+    assert medians(measured(1.0, prediction=prediction, origin=origin))[1] == ratio
+
+
+def test_training_alone_is_known_where_the_evaluation_takes_less() -> None:
+    found = forecast_of(target_of_card(CARD))
+    peak = found.memory.peak_allocated_bytes
+    assert found.prediction().training_peak_allocated_bytes == peak
+    for evaluation, training in ((peak, None), (None, peak)):
+        other = replace(found, memory=replace(found.memory, evaluation_peak_allocated_bytes=evaluation))
+        assert other.prediction().training_peak_allocated_bytes == training
+
+
 def test_a_row_of_before_corrections_were_kept_teaches_no_ratio() -> None:
     old = {name: value for name, value in to_json(predicted()).items() if not name.endswith("factor")}
     context, *ratios = medians(measured(prediction=from_json(Prediction, old)))
@@ -115,6 +143,7 @@ def test_trials_of_others_and_negative_contexts_are_left_out() -> None:
         ({"driver": "570.1"}, (None, 1.0, 1.0)),
         ({"torch": "2.9.0"}, (None, None, 1.0)),
         ({"peft": "0.18.0"}, (500 * MIB, None, 1.0)),
+        ({"accelerate": "1.10.0"}, (500 * MIB, None, 1.0)),
         ({"autotune": "0.0.9"}, (500 * MIB, None, None)),
         ({"os": "Windows"}, (500 * MIB, 1.0, 1.0)),
     ],
@@ -240,6 +269,17 @@ def test_learned_memory_scales_what_the_allocator_holds_and_its_parts() -> None:
     assert low < 1.08 * plain.memory.peak_allocated_bytes < 1.12 * plain.memory.peak_allocated_bytes < high
 
 
+def test_what_is_reserved_is_as_uncertain_as_what_is_allocated() -> None:
+    plain = forecast_of(target_of_card(CARD))
+    found = forecast_of(with_learned(target_of_card(CARD), learn([measured(0.8), measured(1.0), measured(1.2)])))
+    assert found.memory_factor == 1.0
+    (low, high), (wide_low, wide_high) = (one.intervals["peak_reserved_bytes"] for one in (plain, found))
+    assert (wide_low, wide_high) == (pytest.approx(0.8 * low, rel=1e-6), pytest.approx(1.2 * high, rel=1e-6))
+    added = found.intervals["device_used_bytes"][1] - plain.intervals["device_used_bytes"][1]
+    measured_context = CONTEXT_MARGIN_BYTES + 500 * MIB - target_of_card(CARD).context.high_bytes  # type: ignore[union-attr]
+    assert added - measured_context == pytest.approx(wide_high - high, abs=2)
+
+
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 def test_whether_a_config_fits_goes_by_what_was_learned(factor: float) -> None:
     needed = forecast_of(cpu_target("CPU", 64 * GIB)).memory.peak_allocated_bytes
@@ -256,16 +296,14 @@ def test_a_cpu_has_no_context_and_learns_memory() -> None:
 class Traced:
     """A dry runner that knows one trace."""
 
-    def trace(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace:
-        return a_timed_trace()
+    def forecast(self, source: ModelSource, config: TrainingConfig, target: Target) -> Forecast:
+        return forecast(a_timed_trace(), config, target)
 
     def close(self) -> None: ...
 
 
 def a_predictor(*history: TrialRecord) -> FitPredictor:
-    return FitPredictor(
-        cast(DryRunner, Traced()), a_model(), target_of_card(CARD), 11 * GIB, GPU, lambda: list(history)
-    )
+    return FitPredictor(cast(DryRunner, Traced()), a_model(), target_of_card(CARD), GPU, lambda: list(history))
 
 
 def test_a_fit_starts_from_what_is_stored_and_goes_on() -> None:
@@ -318,13 +356,38 @@ def test_an_estimate_of_a_card_that_is_known_here_says_so_in_one_line(
     assert estimate_run.with_what_is_known(question) == question
     with open_store(tmp_path, DEVICE) as store:
         for _ in range(3):
-            store.append(measured(1.004, 1.25))
+            store.append(measured(1.004, 1.25, environment=INSTALLED))
     known = estimate_run.with_what_is_known(question)
     assert known.target.time_factor == 1.25
     assert known.target.context is not None
     assert "measured here by 3 probes" in known.target.context.source
     said = capsys.readouterr().err
     assert said == "3 trials of this card were measured here: context 500.0 MiB, speed × 0.80, memory × 1.004\n"
+
+
+def test_an_estimate_learns_of_this_autotune_and_the_installed_libraries_alone(tmp_path: Path) -> None:
+    other = replace(INSTALLED, torch="2.1.0", autotune="0.0.1")
+    with open_store(tmp_path, DEVICE) as store:
+        store.append(measured(1.2, 3.0, environment=other))
+    learned = learned_here(CARD, a_model(), tmp_path)
+    assert learned is not None
+    assert (learned.context, learned.memory, learned.time) == (None, None, None)
+    with open_store(tmp_path, DEVICE) as store:
+        store.append(measured(1.01, 1.5, environment=replace(INSTALLED, driver="590.1")))
+        store.append(measured(1.2, 3.0, 700 * MIB, environment=replace(other, driver="590.1")))
+    learned = learned_here(CARD, a_model(), tmp_path)
+    assert learned is not None
+    assert [part and round(part.median, 3) for part in (learned.context, learned.memory, learned.time)] == [
+        500 * MIB,
+        1.01,
+        1.5,
+    ]
+
+
+def test_a_database_of_others_trials_alone_teaches_nothing(tmp_path: Path) -> None:
+    with open_store(tmp_path, DEVICE) as store:
+        store.append(measured(environment=INSTALLED, origin=Origin.DATABASE))
+    assert learned_here(CARD, a_model(), tmp_path) is None
 
 
 def test_trials_that_teach_nothing_are_not_spoken_of(tmp_path: Path) -> None:

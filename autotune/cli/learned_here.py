@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import autotune
 from autotune.errors import InvalidRequest
 from autotune.hardware.cards import Card, find_card
 from autotune.hardware.sizes import format_bytes
 from autotune.predict.learned import Learned, learn
-from autotune.values import GIB, ModelSource
+from autotune.predict.store import library_versions
+from autotune.values import GIB, ModelSource, Origin
 from gpu_db.store import read_store, stored_databases
 
 NEWEST = 50  # trials: reading one takes 0.2 ms, and an estimate is to stay quick
@@ -17,12 +21,20 @@ _SLUG = re.compile(r"(?P<name>.+)-(?P<size>\d+)gib")
 
 
 def learned_here(card: Card, model: ModelSource, home: Path | None = None) -> Learned | None:
-    """What the card's database teaches; None where there is none on this machine. Raises `StoreError`."""
+    """What the card's database teaches of this autotune and the installed libraries, and of the driver that it was last
+    used with; None where there is none on this machine. Raises `StoreError`.
+    """
     path = next((path for path in stored_databases(home) if is_of_card(path.stem, card)), None)
     if path is None:
         return None
     with read_store(path, card.name, busy_timeout_s=1.0) as store:
-        return learn(store.trials(latest=NEWEST), model_fingerprint=model.fingerprint)
+        trials = store.trials(latest=NEWEST)
+    newest = next((trial for trial in reversed(trials) if trial.origin is not Origin.DATABASE), None)
+    if newest is None:
+        return None
+    installed: dict[str, Any] = {**library_versions(), "autotune": autotune.__version__}
+    environment = replace(newest.environment, **installed)
+    return learn(trials, environment, model_fingerprint=model.fingerprint)
 
 
 def is_of_card(slug: str, card: Card) -> bool:

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from autotune.predict.context import Context
 from autotune.predict.forecast import ALLOCATED_INTERVAL, Target
 from autotune.predict.steptime import INTERVAL
-from autotune.values import GIB, MIB, Environment, Origin, TrialRecord, Verdict
+from autotune.values import GIB, LIBRARIES, MIB, Environment, Origin, TrialRecord, Verdict
 
 LARGEST_CORRECTION = 1.25  # of memory: a ratio beyond it, either way, is no error of a prediction but another cause
 LARGEST_TIME_CORRECTION = 5.0
 LARGEST_CONTEXT_BYTES = 4 * GIB
 CONTEXT_MARGIN_BYTES = 32 * MIB  # kernels that another config loads or does not; texts are rounded to 15 MiB
 SEGMENT_BYTES = 20 * MIB  # a text's "tried to allocate" is the segment, up to this much more than was asked for
-
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +63,7 @@ def learn(
         trials=len(here),
         environment=environment,
         context=_context(of_same("driver", "torch")),
-        memory=_of_model(of_same("autotune", *_LIBRARIES), model_fingerprint, _memory),
+        memory=_of_model(of_same("autotune", *LIBRARIES), model_fingerprint, _memory),
         time=_of_model(of_same("autotune"), model_fingerprint, _time),
     )
 
@@ -185,11 +183,18 @@ def _of_model(
 
 
 def _memory(trial: TrialRecord) -> Iterator[_Found]:
-    """Measured peak ÷ what was predicted of it before any correction; of one that ran out, a peak it went beyond."""
+    """Measured peak ÷ what was predicted of it before any correction; of one that ran out, a peak it went beyond.
+
+    A proof runs an evaluation, which is in the predicted peak; a probe runs none.
+    """
     prediction, report = trial.prediction, trial.report
-    if prediction is None or not prediction.memory_factor or not prediction.peak_allocated_bytes:
+    if prediction is None or not prediction.memory_factor:
         return
-    plain = prediction.peak_allocated_bytes / prediction.memory_factor
+    is_whole = trial.origin is Origin.PROOF
+    predicted = prediction.peak_allocated_bytes if is_whole else prediction.training_peak_allocated_bytes
+    if not predicted:
+        return
+    plain = predicted / prediction.memory_factor
     found = _Found()
     if trial.judgement.verdict is Verdict.FITS and report.peak_allocated_bytes:
         found = _Found(report.peak_allocated_bytes / plain)
