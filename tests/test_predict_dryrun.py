@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from autotune.hardware.cards import find_card
 from autotune.predict import tracing
 from autotune.predict.distill import SizeTable, fit, raw_blocks
 from autotune.predict.dryrun import DryRun
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.memory import ROUNDING, forecast_memory, rounded
+from autotune.predict.steptime import forecast_time
 from autotune.predict.trace import MONOMIALS, Expansion, NotAlike, Trace, from_document, monomials, to_document
 from autotune.values import LossPath, ModelSource, Quantization, Trainer, TrainingConfig, Upcast
 from autotune.workload.build import build_base
@@ -45,6 +47,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "phi3": {"pad_token_id": 0},
+    "qwen2": {},
     "qwen3": {"head_dim": 32},
     "stablelm": {},
 }
@@ -188,6 +191,54 @@ def test_a_trace_holds_at_other_points_to_the_byte(changes: dict[str, Any]) -> N
     own = tracing._traced(source, config, CUDA, [(config.micro_batch_size, config.sequence_length)], False)
     assert general.point is None
     assert both_bytes(general, config) == both_bytes(own, config)
+
+
+#: (model, its changes, settings): each a class of points of its own.
+CLASSES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "biases": ("qwen2", {}, {"micro_batch_size": 1, "sequence_length": 1000}),
+    "one kind of bias": ("gpt2", {}, {"sequence_length": 1000}),
+    "below a window": ("mistral", {"sliding_window": 1024}, {"micro_batch_size": 1, "sequence_length": 256}),
+    "above a window": ("mistral", {"sliding_window": 1024}, {"sequence_length": 2048}),
+    "chunks above a window": (
+        "mistral",
+        {"sliding_window": 1024},
+        {"sequence_length": 2048, "loss": LossPath.CHUNKED},
+    ),
+    "two kinds of layers": ("gemma3_text", {"num_hidden_layers": 34, "sliding_window": 512}, {"sequence_length": 2048}),
+    "one tile": ("llama", {}, {"sequence_length": 1000, "loss": LossPath.CHUNKED, "trainer": Trainer.TRL}),
+    "tiles": (
+        "llama",
+        {},
+        {"micro_batch_size": 1, "sequence_length": 8192, "loss": LossPath.CHUNKED, "trainer": Trainer.TRL},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "model", "settings"), CLASSES.values(), ids=CLASSES)
+def test_a_trace_of_its_class_is_that_of_its_point(kind: str, model: dict[str, Any], settings: dict[str, Any]) -> None:
+    source = a_model(kind, max_position_embeddings=1 << 20, **model)
+    config = a_dry_config(gradient_checkpointing="full", **settings)
+    general = tracing.make_trace(source, config, CUDA)
+    own = tracing.make_trace(source, config, CUDA, own_point=True)
+    assert general.point is None
+    assert forecast_memory(general, config, CUDA) == forecast_memory(own, config, CUDA)
+    card = find_card("RTX 4090").card
+    assert forecast_time(general, config, card).step_time_s == pytest.approx(
+        forecast_time(own, config, card).step_time_s, rel=0.005
+    )
+
+
+def test_an_evaluation_of_another_batch_size_is_its_own() -> None:
+    source = a_model("llama")
+    config = a_dry_config(micro_batch_size=1, eval_micro_batch_size=8)
+    several = replace(config, micro_batch_size=8, eval_micro_batch_size=None)
+    trace, evaluation = (tracing.make_trace(source, one, CUDA) for one in (config, several))
+    alone = forecast_memory(trace, config, CUDA)
+    both = forecast_memory(trace, config, CUDA, evaluation=evaluation)
+    assert alone.evaluation_peak_allocated_bytes is None
+    evaluated = both.evaluation_peak_allocated_bytes
+    assert evaluated == forecast_memory(evaluation, several, CUDA).evaluation_peak_allocated_bytes
+    assert both.peak_allocated_bytes == max(alone.peak_allocated_bytes, evaluated or 0)
 
 
 def test_fewer_chunks_than_were_traced_take_hardly_less() -> None:

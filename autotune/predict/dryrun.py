@@ -20,7 +20,7 @@ from autotune.predict.kernels import KernelSet
 from autotune.predict.layers import Pattern, find_layers, find_pattern, keep_layers
 from autotune.predict.patches import device_behaviour
 from autotune.predict.trace import Resident
-from autotune.predict.tracer import Birth, Stretch, Tracer
+from autotune.predict.tracer import Stretch, Tracer
 from autotune.values import Attention, LossPath, ModelSource, TrainingConfig
 from autotune.workload import loss as loss_paths
 from autotune.workload import prepare
@@ -85,6 +85,14 @@ class DryRun:
         if config.attention.value == "flash_attention_2":
             _name_attention(base.model, "flash_attention_2")
         self._mark_layers(base.model)
+        self._settle(base.model)
+
+    def _settle(self, model: Any) -> None:
+        """One micro batch before any is traced, where a first forward changes the model: bitsandbytes casts the
+        biases of its layers once and for good."""
+        if any(getattr(m, "bias", None) is not None and hasattr(m, "quant_state") for m in model.modules()):
+            self._micro_batch(1, 256)
+            self.step.model.zero_grad()
 
     def close(self) -> None:
         self._stack.close()
@@ -402,18 +410,3 @@ class _Paged:
             made = torch.empty(shape, dtype=dtype, device="meta")
         self._tracer.see([made])
         return made
-
-
-def peak_live_bytes(stretches: list[Stretch]) -> tuple[int, int]:
-    """(highest, last) live bytes of a program's own storages, each rounded up to 512 B."""
-    live = peak = 0
-    sizes: dict[int, int] = {}
-    for stretch in stretches:
-        for event in stretch.events:
-            if isinstance(event, Birth):
-                sizes[event.storage] = -(-event.size_bytes // 512) * 512
-                live += sizes[event.storage]
-                peak = max(peak, live)
-            elif hasattr(event, "storage"):
-                live -= sizes.pop(event.storage, 0)
-    return peak, live

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ class MemoryForecast:
     forward_peak_allocated_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
-    evaluation_peak_allocated_bytes: int
+    evaluation_peak_allocated_bytes: int | None  # None: of that batch size nothing was traced
     checkpoint_peak_allocated_bytes: int = 0  # while one is written: tensors go to the host one by one, copied there
     parts: dict[str, int] = field(default_factory=dict)
     paged_bytes: int = 0
@@ -38,14 +37,20 @@ def rounded(size: int) -> int:
 
 
 def forecast_memory(
-    trace: Trace, config: TrainingConfig, kernels: KernelSet, *, limit_bytes: int | None = None
+    trace: Trace,
+    config: TrainingConfig,
+    kernels: KernelSet,
+    *,
+    limit_bytes: int | None = None,
+    evaluation: Trace | None = None,
 ) -> MemoryForecast:
     """Memory of a run with `config`, whose B and T belong to the trace's class: loading, two optimizer steps, an
-    evaluation. `limit_bytes`: what the allocator may reserve. Raises `OutOfMemory` where that is too little.
+    evaluation. `limit_bytes`: what the allocator may reserve. `evaluation`: a trace for the evaluation's batch size,
+    where it is another than the training's. Raises `OutOfMemory` where the limit is too little.
 
     Source of the order: what a Trainer does; of the numbers: the trace. The last few answers are kept.
     """
-    return _forecast(_ById(trace), config, kernels, limit_bytes)
+    return _forecast(_ById(trace), config, kernels, limit_bytes, _ById(evaluation or trace))
 
 
 class _ById:
@@ -62,14 +67,24 @@ class _ById:
 
 
 @functools.lru_cache(maxsize=256)
-def _forecast(key: _ById, config: TrainingConfig, kernels: KernelSet, limit_bytes: int | None) -> MemoryForecast:
-    return _Run(key.trace, config, kernels, limit_bytes).forecast()
+def _forecast(
+    training: _ById, config: TrainingConfig, kernels: KernelSet, limit_bytes: int | None, evaluation: _ById
+) -> MemoryForecast:
+    return _Run(training.trace, config, kernels, limit_bytes, evaluation.trace).forecast()
 
 
 class _Run:
     """One run in the simulator; `residents` says what lives besides the program at hand, by part."""
 
-    def __init__(self, trace: Trace, config: TrainingConfig, kernels: KernelSet, limit_bytes: int | None) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        config: TrainingConfig,
+        kernels: KernelSet,
+        limit_bytes: int | None,
+        evaluation: Trace | None = None,
+    ) -> None:
+        self.evaluation = evaluation or trace
         self.trace, self.config, self.kernels, self.limit_bytes = trace, config, kernels, limit_bytes
         self.allocator = CachingAllocator(
             limit_bytes=limit_bytes,
@@ -85,26 +100,24 @@ class _Run:
         after_load = self.allocator.allocated_bytes
         self._keep("library workspaces", 2 * [self.kernels.cublas_workspace_bytes])  # forward's thread, and backward's
         batch, tokens = self.config.micro_batch_size, self.config.sequence_length
-        self._optimizer(0, self._program("first", batch, tokens))
-        gradients = self._program("first", batch, tokens)
+        self._optimizer(0, self._run(self.trace.expand("first", batch, tokens, self.slot)))
+        gradients = self._run(self.trace.expand("first", batch, tokens, self.slot))
         forward_peak = self.forward_peak
         if self.config.gradient_accumulation_steps > 1:
-            size = self._gradient_bytes(batch, tokens)
+            size = self._gradient_bytes()
             self.residents["gradients"] += size
-            self._program("next", batch, tokens)
+            self._run(self.trace.expand("next", batch, tokens, self.slot))
             self.residents["gradients"] -= size
             forward_peak = max(forward_peak, self.forward_peak)
         self._optimizer(1, gradients)
         between_steps = self.allocator.allocated_bytes
-        self.program_peak = 0
-        with contextlib.suppress(NotAlike):  # a trace of one point, and another batch size of the evaluation
-            self._program("evaluate", self.config.eval_micro_batch_size or batch, tokens)
+        evaluation = self._evaluate(self.config.eval_micro_batch_size or batch, tokens)
         return MemoryForecast(
             after_load_bytes=after_load,
             forward_peak_allocated_bytes=forward_peak,
             peak_allocated_bytes=self.peak,
             peak_reserved_bytes=self.peak_reserved,
-            evaluation_peak_allocated_bytes=self.program_peak,
+            evaluation_peak_allocated_bytes=evaluation,
             checkpoint_peak_allocated_bytes=between_steps,
             parts=self._parts_at_peak(),
             paged_bytes=self.trace.paged_bytes,
@@ -144,9 +157,13 @@ class _Run:
         self._keep("adapters", [r.size_bytes for r in self.trace.residents if r.part == "adapters"])
         self.peak_reserved = self.allocator.peak_reserved_bytes
 
-    def _program(self, name: str, batch: int, tokens: int) -> list[int]:
-        """Run one program; gives the slots that outlive it."""
-        return self._run(self.trace.expand(name, batch, tokens, self.slot))
+    def _evaluate(self, batch: int, tokens: int) -> int | None:
+        try:
+            expansion = self.evaluation.expand("evaluate", batch, tokens, self.slot)
+        except NotAlike:
+            return None
+        self._run(expansion)
+        return self.program_peak
 
     def _run(self, expansion: Expansion) -> list[int]:
         allocator = self.allocator
@@ -168,14 +185,14 @@ class _Run:
     def _optimizer(self, step: int, gradients: list[int]) -> None:
         """The step, then the end of the gradients."""
         expansion = self.trace.expand_optimizer(step, self.slot)
-        sizes = self._gradient_bytes(self.config.micro_batch_size, self.config.sequence_length)
+        sizes = self._gradient_bytes()
         self.residents["gradients"] += sizes
         states = self._run(expansion)
         self.residents["gradients"] -= sizes
         self.residents["optimizer state"] += sum(rounded(expansion.size_of(slot)) for slot in states)
         self.allocator.replay([~slot for slot in gradients])
 
-    def _gradient_bytes(self, batch: int, tokens: int) -> int:
+    def _gradient_bytes(self) -> int:
         return sum(rounded(r.size_bytes) for r in self.trace.residents if r.part == "adapters")
 
     def _parts_at_peak(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 #: Products that a tensor's size can be a multiple of, in samples B and tokens T.
 MONOMIALS = ("1", "T", "T-1", "T+1", "B", "BT", "B(T-1)", "B(T+1)", "TT", "BTT", "B+1", "BT-1", "BT+1")
-FORMAT = 4
+FORMAT = 5
 
 
 def monomials(batch: int, tokens: int) -> tuple[int, ...]:
@@ -261,9 +261,9 @@ class Trace:
     parameters: int
     unquantized_bytes: int
     vocab_size: int
-    hidden_size: int
     chunk_tokens: int = 0  # tokens of one chunk of the loss; 0: it has none
     point: tuple[int, int] | None = None  # (B, T) that it holds for alone; None: all of its class
+    is_of_one: bool = False  # traced with micro batches of one sample: no other's trace, and no other follows from it
     paged_bytes: int = 0  # optimizer state in managed memory, which no allocator counts
 
     def totals(self, batch: int, tokens: int) -> dict[str, int]:
@@ -281,6 +281,8 @@ class Trace:
     def expand(self, program: str, batch: int, tokens: int, first_slot: int = 0) -> Expansion:
         if self.point is not None and self.point != (batch, tokens):
             raise NotAlike(f"traced at {self.point} alone")
+        if self.is_of_one != (batch == 1):
+            raise NotAlike("one sample and several are traced apart")
         if batch * tokens < self.chunk_tokens:
             raise NotAlike(f"{batch * tokens} tokens are fewer than a chunk of the loss")
         values, totals = monomials(batch, tokens), self.totals(batch, tokens)
@@ -327,9 +329,9 @@ def to_document(trace: Trace) -> dict[str, Any]:
         "parameters": trace.parameters,
         "unquantized_bytes": trace.unquantized_bytes,
         "vocab_size": trace.vocab_size,
-        "hidden_size": trace.hidden_size,
         "chunk_tokens": trace.chunk_tokens,
         "point": trace.point,
+        "is_of_one": trace.is_of_one,
         "paged_bytes": trace.paged_bytes,
     }
     document["strings"] = list(strings)
@@ -379,8 +381,8 @@ def from_document(document: dict[str, Any]) -> Trace:
         parameters=document["parameters"],
         unquantized_bytes=document["unquantized_bytes"],
         vocab_size=document["vocab_size"],
-        hidden_size=document["hidden_size"],
         chunk_tokens=document["chunk_tokens"],
         point=tuple(document["point"]) if document["point"] else None,
+        is_of_one=document["is_of_one"],
         paged_bytes=document["paged_bytes"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from autotune.predict.distill import (
@@ -17,16 +18,30 @@ from autotune.predict.distill import (
 )
 from autotune.predict.dryrun import DryRun, Point
 from autotune.predict.kernels import KernelSet
-from autotune.predict.store import window_of
+from autotune.predict.store import TRL_TILE, in_one_tile, window_of
 from autotune.predict.trace import Block, Loop, NotAlike, Resident, Trace
 from autotune.values import LossPath, ModelSource, Trainer, TrainingConfig
 from autotune.workload import loss as loss_paths
 
 logger = logging.getLogger(__name__)
 
-#: Prime multiples of 256 tokens and prime batches, so that a size tells which of them it is a multiple of.
-_LONG = (256 * 101, 256 * 103)
-_BATCHES = (97, 89)
+_PRIMES = tuple(n for n in range(2, 600) if all(n % m for m in range(2, int(n**0.5) + 1)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Points:
+    """Where a kind of loss is traced. Lengths are prime multiples of a unit that kernels round rows to, and batches
+    are primes: a size then tells which product of them it is a multiple of."""
+
+    unit: int = 256  # tokens
+    lengths: tuple[int, int]
+    batches: tuple[int, int] = (2, 5)  # of another ratio than any two lengths
+
+
+_PLAIN = _Points(lengths=(101, 103), batches=(97, 89))
+_IN_CHUNKS = _Points(lengths=(5, 7))  # chunks of 256 tokens: a few are enough
+_IN_TILES = _Points(unit=TRL_TILE, lengths=(5, 7))
+_ONE_TILE = {True: _Points(lengths=(11, 13)), False: _Points(lengths=(7, 3))}  # of one sample, of several
 
 
 def make_trace(source: ModelSource, config: TrainingConfig, kernels: KernelSet, *, own_point: bool = False) -> Trace:
@@ -51,17 +66,35 @@ def make_trace(source: ModelSource, config: TrainingConfig, kernels: KernelSet, 
 
 
 def _points(config: TrainingConfig, source: ModelSource) -> list[tuple[int, int]]:
+    """Two points of the config's class. Raises `NotAlike` for a class that has none."""
     if config.loss is LossPath.LIGER:
         raise NotAlike("Liger's chunks are a power of two near the tokens of the batch over V / H")
-    window = window_of(source)
-    lengths = _LONG
-    if window and config.sequence_length < window:
-        lengths = (window * 53 // 128, window * 47 // 128)
-        if config.loss is LossPath.CHUNKED:
-            raise NotAlike("too few chunks below the window")
-    if config.micro_batch_size == 1:
-        return [(1, lengths[0]), (1, lengths[1])]
-    return [(_BATCHES[0], lengths[0]), (_BATCHES[1], lengths[1])]
+    of_one = config.micro_batch_size == 1
+    points = _PLAIN
+    if in_one_tile(config):
+        points = _ONE_TILE[of_one]
+    elif config.loss is LossPath.CHUNKED:
+        points = _IN_TILES if config.trainer is Trainer.TRL else _IN_CHUNKS
+    lengths = _lengths(points, config.sequence_length, window_of(source), may_grow=not in_one_tile(config))
+    return list(zip((1, 1) if of_one else points.batches, lengths, strict=True))
+
+
+def _lengths(points: _Points, tokens: int, window: int | None, *, may_grow: bool) -> tuple[int, int]:
+    """Two lengths on the same side of a sliding window as `tokens`: the usual ones, or others."""
+    usual = points.unit * points.lengths[0], points.unit * points.lengths[1]
+    if window and tokens >= window and tokens % 16:
+        raise NotAlike("masks are padded to rows of a multiple of 16")
+    if not window or all((length >= window) == (tokens >= window) for length in usual):
+        return usual
+    units = (points.unit,) if tokens >= window else (points.unit, 128)  # rows are rounded to 128 at least
+    for unit in units:
+        if tokens >= window:
+            found = [prime for prime in _PRIMES if unit * prime >= window and prime >= points.lengths[0]][:2]
+        else:
+            found = [prime for prime in _PRIMES if unit * prime < window][-2:]
+        if may_grow and len(found) == 2:
+            return unit * found[1], unit * found[0]
+    raise NotAlike(f"no two lengths on this side of a window of {window} tokens")
 
 
 def _traced(
@@ -69,13 +102,6 @@ def _traced(
 ) -> Trace:
     run = DryRun(source, config, kernels, all_layers=all_layers)
     try:
-        if len(points) > 1 and run.step._loss is loss_paths.chunked_loss:
-            # Chunks are of constant size: a few are enough, where the class allows them.
-            points = (
-                [(b, t) for b, t in ((1, 256 * 7), (1, 256 * 11))]
-                if config.micro_batch_size == 1
-                else [(7, 256), (11, 256 * 3)]
-            )
         traced = [run.trace(b, t, accumulates=False, evaluates=True) for b, t in points]
         return _distilled(run, config, points, traced)
     finally:
@@ -119,9 +145,9 @@ def _distilled(run: DryRun, config: TrainingConfig, points: list[tuple[int, int]
         parameters=run.parameters,
         unquantized_bytes=run.unquantized_bytes,
         vocab_size=run.step.vocab_size,
-        hidden_size=int(getattr(run.step.model.config.get_text_config(), "hidden_size", 0)),
         chunk_tokens=chunk_tokens if len(points) > 1 else 0,
         point=points[0] if len(points) == 1 else None,
+        is_of_one=points[0][0] == 1,
         paged_bytes=run.paged_bytes,
     )
 
@@ -131,7 +157,7 @@ def _chunks(run: DryRun, config: TrainingConfig) -> tuple[int, int]:
     loss: Any = run.step._loss
     if loss is loss_paths.chunked_loss:
         return loss_paths.CHUNK_TOKENS, 1
-    if loss is loss_paths.trl_loss and config.trainer is Trainer.TRL:
+    if loss is loss_paths.trl_loss and not in_one_tile(config):
         import trl.kernels.chunked_logprob as tiles
         import trl.trainer.utils as utils
 
