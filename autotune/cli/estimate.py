@@ -26,17 +26,21 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--in-use",
     type=Text(),
-    help="Memory that other programs hold, such as 800MiB of a desktop. Default: what they hold now of a GPU here.",
+    help="Memory that other programs hold: 800MiB of a desktop, or 0. Default: what they hold now of a GPU here.",
 )
 @click.option(
-    "--trainer", type=click.Choice(["transformers", "trl", "loop"]), default="transformers", show_default=True
+    "--trainer",
+    type=click.Choice(["transformers", "trl", "loop"]),
+    help="Whose training step; without --config. Default: transformers.",
 )
 @click.option(
     "--attention",
     type=click.Choice(["eager", "sdpa", "flash_attention_2"]),
     help="Attention implementation. Default: sdpa, where the model has it.",
 )
-@click.option("--sweep", type=Text(), help="The frontier over a setting: sequence_length=512..8192 doubles.")
+@click.option(
+    "--sweep", type=Text(), help="The frontier over a setting: sequence_length=512..8192 doubles; or =512,768."
+)
 @click.option("--plot", type=_PATH, help="Write memory over one step by part (with --sweep: the frontier) as SVG.")
 @click.option("--history", type=_PATH, help="Write the allocations for pytorch.org/memory_viz (a pickle).")
 @click.option("--force", is_flag=True, help="Overwrite files that exist.")
@@ -44,7 +48,8 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 def command(**options: Any) -> None:
     """Predict memory and speed on a card that need not be here. Nothing is run on a GPU, nothing downloaded.
 
-    Gives the fastest config predicted to fit, or one given config.
+    Gives the fastest config predicted to fit (exit code 3 where none is), or what one given config takes: whether it
+    fits is then the answer, and the exit code is 0 either way.
 
     \b
     Example:

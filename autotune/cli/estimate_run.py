@@ -67,6 +67,8 @@ def run(options: dict[str, Any]) -> None:
     check_options(options)
     target = choose_target(options["gpu"], options["memory_limit"], options["in_use"])
     question = with_what_is_known(_question(options, target))
+    for length in sweep_values(options["sweep"]) if options["sweep"] else ():
+        check_sequence_length(question.model, length, option="--sweep lengths of")
     runner = DryRunner(TraceStore(trace_folder()))
     try:
         if not question.given:
@@ -210,7 +212,7 @@ def _given(path: Path, target: Target) -> Question:
         check_optimizer(found.config.optimizer, option=f"{path}: optimizer")
     except UsageError as error:  # the file is wrong, not the command line
         raise InvalidRequest(str(error)) from error
-    check_attention(found.config.attention, target, option=f"{path}: attention:")
+    check_attention(found.config.attention, target, option="attention:")
     model = resolve_model(found.model, say=say)
     check_sequence_length(model, found.config.sequence_length, option="sequence_length:")
     config = with_its_dtype(found.config, target, stated="compute_dtype" in found.stated)
@@ -385,10 +387,7 @@ def sweep_values(text: str) -> list[int]:
 def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> None:
     predict = _predictor(question, runner)
     rows = []
-    lengths = sweep_values(options["sweep"])
-    for length in lengths:  # all of them before the first is predicted
-        check_sequence_length(question.model, length, option="--sweep lengths of")
-    for length in lengths:
+    for length in sweep_values(options["sweep"]):
         config = replace(question.config, sequence_length=length)
         rows.append(predict(config) if question.given else fastest_for(question, runner, families(config))[0])
     if options["plot"]:

@@ -35,7 +35,7 @@ def parse_bytes(text: str, *, smallest: int = 1) -> int:
         size = Fraction(match[1]) * _UNITS[match[2].lower()]
     if size is None or size < smallest:
         raise InvalidSize(
-            f'"{text}" is not a memory size: write it like 12GiB, 1500MiB, 1.5GiB, 12G (binary), '
+            f'"{text[:60]}" is not a memory size: write it like 12GiB, 1500MiB, 1.5GiB, 12G (binary), '
             f"12GB (decimal) or as whole bytes{', above 0' if smallest else ''}"
         )
     return int(size)
