@@ -35,13 +35,18 @@ def remedies(part: str, config: TrainingConfig) -> list[str]:
     return ways.get(part, [])
 
 
+def plain_console() -> Console:
+    """Text as it is: the name of a model is a path, which may hold what rich takes for markup or an emoji."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 def print_estimate(model: str, target: Target, found: Forecast) -> None:
     """To stdout."""
-    console = Console(highlight=False)
+    console = plain_console()
     memory = found.memory
 
     def line(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
     line(f"Predicted, nothing was run: {model} on {target.name}")
     line(f"  {describe(found.config)}, {found.config.quantization.value}, {found.config.optimizer}")
@@ -95,4 +100,4 @@ def print_sweep(model: str, target: Target, rows: Sequence[Forecast]) -> None:
             fits,
             speed,
         )
-    Console().print(table)
+    plain_console().print(table)

@@ -51,18 +51,19 @@ def time_of_training(result: Recommendation, dataset: DatasetFacts | None, epoch
 
 def print_fit(result: Recommendation, training: dict[str, Any] | None) -> None:
     """To stdout."""
-    console = Console(highlight=False)
+    # No markup: names of modules and devices are anybody's text.
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+        console = Console(highlight=False, markup=False, emoji=False, width=WIDTH)
     if result.from_database:
-        console.print("Known: answered from the database, nothing was run. --fresh measures again.", markup=False)
+        console.print("Known: answered from the database, nothing was run. --fresh measures again.")
     if result.trials:
         console.print(_trials(result))
     if result.proof is None:
         return
     console.print(_config(result.proof.config, result.moves))
     for line in _lines(result, result.proof, training):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _trials(result: Recommendation) -> Table:

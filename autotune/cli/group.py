@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import re
 import sys
 
 import click
@@ -87,12 +88,20 @@ def run() -> int:
         return 1
     except OSError as error:  # a full disk behind stdout, no file or process to be had: nothing of ours to explain
         what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-        _say_error(f"the system refused ({what}): mend that and try again; what was measured is kept")
+        kept = "; what was measured is kept" if sys.argv[1:2] == ["fit"] else ""
+        _say_error(f"the system refused ({what}): mend that and try again{kept}")
         return 1
     return code if isinstance(code, int) else 0  # of context.exit(code), as doctor has it
 
 
 def _say_error(message: str) -> None:
-    """One line, whatever names and paths hold."""
+    """One line, whatever names and paths hold: a word longer than any path of use is cut, what follows it is not."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    click.echo(f"Error: {shown}", err=True)
+    click.echo(f"Error: {_ENDLESS.sub(_cut, shown)}", err=True)
+
+
+_ENDLESS = re.compile(r"\S{300,}")
+
+
+def _cut(word: re.Match[str]) -> str:
+    return f"{word[0][:200]}…"

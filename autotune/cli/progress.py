@@ -19,7 +19,7 @@ class FitProgress:
     """Implements the flow's `Observer`."""
 
     def __init__(self, device: Device, request: FitRequest) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self._device, self._request = device, request
         self._status: Status | None = None
         self._what = ""
