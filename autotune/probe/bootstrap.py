@@ -6,21 +6,32 @@ ones measured. First of all the worker ties its life to its parent's.
 
 import importlib.util
 import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGKILL = 9
+DRY_RUN = "autotune.probe.dry_run_worker"
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel end this process when its parent ends (Linux); leave at once where it already has."""
+def die_with_parent(parent_pid: int, number: int = SIGKILL) -> None:
+    """Have the kernel send this process `number` when its parent ends (Linux); leave at once where it already has."""
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent_pid:
-        os._exit(1)
+        leave()
+
+
+def leave(*_: object) -> None:
+    """End at once. A dry run's temporary folder is its own, and a parent that was killed removes none."""
+    folder = os.environ.get("TMPDIR", "")
+    if os.path.basename(folder).startswith("autotune-dry-run-"):
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def load_autotune() -> None:
@@ -36,9 +47,16 @@ def load_autotune() -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent(int(sys.argv[2]))
+    module = sys.argv[3] if len(sys.argv) > 3 else "autotune.probe.worker"
+    if module == DRY_RUN:  # waits for no device, so a signal that Python handles is soon heard
+        signal.signal(signal.SIGTERM, leave)
+        die_with_parent(int(sys.argv[2]), signal.SIGTERM)
+    else:
+        die_with_parent(int(sys.argv[2]))
     load_autotune()
     import importlib
 
-    worker = importlib.import_module(sys.argv[3] if len(sys.argv) > 3 else "autotune.probe.worker")
+    worker = importlib.import_module(module)
     worker.main(int(sys.argv[1]))
+    if module == DRY_RUN:  # the channel is closed
+        leave()
