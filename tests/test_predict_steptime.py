@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from autotune.hardware.cards import Card, find_card
-from autotune.predict.steptime import INTERVAL, POWER_CAPPED, Efficiency, forecast_time
+from autotune.predict.steptime import INTERVAL, POWER_CAPPED, Efficiency, bus_bytes_per_s, forecast_time
 from autotune.predict.store import TraceStore
 from autotune.predict.trace import MONOMIALS, Block, Loop, NotAlike, Size, Trace, WorkSum
-from autotune.values import Attention, TrainingConfig
+from autotune.values import TrainingConfig
 from benchmarks import speed_rank
 from benchmarks.memory_accuracy import PUBLISHED, read_published
 
@@ -50,7 +50,6 @@ def trace(*works: WorkSum, layers: int | None = None, operators: tuple[str, ...]
         parameters=0,
         unquantized_bytes=0,
         vocab_size=0,
-        hidden_size=0,
     )
 
 
@@ -129,15 +128,18 @@ def test_small_products_reach_less_of_the_rate_and_more_so_on_a_larger_card() ->
     assert reached(T4, 1e6) > reached(A100, 1e6)
 
 
-def test_attention_counts_half_its_flops_as_the_mask_skips_the_rest() -> None:
-    assert micro(work("attention", flops=1e9)) == pytest.approx(micro(work("matmul", flops=1e9)) / 2)
+def test_attention_counts_half_its_flops_where_the_kernel_skips_the_rest() -> None:
+    product = micro(work("matmul", flops=1e9))
+    assert micro(work("flash", flops=1e9)) == pytest.approx(product / 2)
+    assert micro(work("efficient", flops=1e9)) == pytest.approx(product)  # half the FLOPs, half the rate
+    assert micro(work("masked", flops=1e9)) == pytest.approx(2 * product)
 
 
-def test_sdpa_on_a_card_without_flash_kernels_is_slower() -> None:
-    sdpa = replace(CONFIG, attention=Attention.SDPA)
-    without = replace(A100, attention=replace(A100.attention, sdpa_flash=False))
-    made = work("attention", flops=1e9)
-    assert micro(made, card=without, config=sdpa) == pytest.approx(2 * micro(made, config=sdpa))
+def test_what_goes_to_the_host_goes_over_the_cards_bus() -> None:
+    made, reached = work("transfer", moved=1e6), replace(IDEAL, bus=1.0)
+    assert micro(made, reached=reached) == pytest.approx(2000 * 1e6 / bus_bytes_per_s(A100.bus))
+    assert bus_bytes_per_s("PCIe 3.0 x16") == pytest.approx(15.76e9)
+    assert bus_bytes_per_s("PCIe 5.0 x8") == bus_bytes_per_s("SXM4") == pytest.approx(31.5e9, rel=1e-3)
 
 
 def test_products_with_4_bit_weights_dequantise_them_first() -> None:

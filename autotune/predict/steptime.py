@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
 from autotune.hardware.cards import Card
 from autotune.predict.trace import Expansion, Trace, WorkSum, loop_of, monomials
-from autotune.values import Attention, TrainingConfig
+from autotune.values import TrainingConfig
 
 _SIXTEEN_BITS = ("float16", "bfloat16")
 
@@ -34,6 +35,7 @@ class Efficiency:
     dequantise: float = 0.55
     no_bfloat16: float = 0.5  # of the float32 rate, for bfloat16 on a card without units; assumed, no published row
     causal: float = 0.5  # of the counted FLOPs of attention, which are those without a mask
+    bus: float = 0.8  # of what PCIe carries one way, to and from pinned memory; assumed, no published row
     launch_s: float = 6e-6  # of an eager operator that the CPU has not queued ahead
     ramp_s: float = 5e-6  # before a product fills its card, and after: small ones reach less of the rate
 
@@ -67,7 +69,7 @@ def forecast_time(
 
     Raises `NotAlike` where the trace does not hold.
     """
-    clock = _Clock(config, card, efficiency or Efficiency(), learned_factor)
+    clock = _Clock(card, efficiency or Efficiency(), learned_factor)
     batch, tokens = config.micro_batch_size, config.sequence_length
     expansion = trace.expand("first", batch, tokens)
     expanded = trace.totals(batch, tokens)["chunks"]
@@ -87,13 +89,27 @@ def forecast_time(
     )
 
 
+#: Bytes per second and lane, one way, after encoding (PCI-SIG's 8, 16, 32 GT/s at 128b/130b).
+_LANE_BYTES_PER_S = {"3": 0.985e9, "4": 1.969e9, "5": 3.938e9}
+_USUAL_BUS = 16 * _LANE_BYTES_PER_S["4"]
+
+
+def bus_bytes_per_s(bus: str) -> float:
+    """Of a card's connection to its host, such as "PCIe 4.0 x8"; a module without one in its name has 4.0 x16."""
+    found = re.search(r"PCIe ([345])(?:\.0)? x(\d+)", bus)
+    return _LANE_BYTES_PER_S[found[1]] * int(found[2]) if found else _USUAL_BUS
+
+
 class _Clock:
     """Seconds of kernels with these settings on this card."""
 
-    def __init__(self, config: TrainingConfig, card: Card, reached: Efficiency, factor: float) -> None:
+    def __init__(self, card: Card, reached: Efficiency, factor: float) -> None:
         self.card, self.reached, self.factor = card, reached, factor
-        flash = config.attention is Attention.FLASH_ATTENTION_2 or card.attention.sdpa_flash
-        self.attention = (reached.flash if flash else reached.efficient) / reached.causal
+        self.attention = {
+            "flash": reached.flash / reached.causal,
+            "efficient": reached.efficient / reached.causal,
+            "masked": reached.efficient,
+        }
 
     def by_kind(self, expansion: Expansion, values: tuple[int, ...], chunk_share: float = 1.0) -> dict[str, float]:
         """Each block is reckoned once and counted as often as it stands in the step; of the loss's chunks a share."""
@@ -117,8 +133,10 @@ class _Clock:
         moved = sum(size.at(values) for size in work.moved)
         share = self.reached.dequantise if work.kind == "dequantise" else self.reached.memory
         compute = 0.0
-        if flops and work.kind == "attention":
-            compute = flops / (self._rate(work.dtype) * self.attention)
+        if work.kind == "transfer":
+            return work.count * (self.reached.launch_s + moved / (bus_bytes_per_s(self.card.bus) * self.reached.bus))
+        if flops and work.kind in self.attention:
+            compute = flops / (self._rate(work.dtype) * self.attention[work.kind])
         elif flops:
             compute = flops / (self._rate(work.dtype) * self.reached.matmul) + self.reached.ramp_s
         return work.count * max(self.reached.launch_s, compute, moved / (self.card.bandwidth_bytes_per_s * share))

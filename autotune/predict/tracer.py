@@ -34,7 +34,7 @@ class Death:
 class Work:
     """One kernel."""
 
-    kind: str  # matmul | attention | dequantise | memory
+    kind: str  # matmul | flash | efficient | masked (attention by kernel) | dequantise | transfer | memory
     dtype: str
     flops: int
     moved_bytes: tuple[int, ...]  # of every tensor that is read or written
@@ -207,17 +207,19 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Any], out
     flops = 0
     kind = "memory"
     if name in _FLASH_FLOPS:  # (B, T, H, D), which torch's formula takes for (B, H, T, D)
-        kind = "attention"
+        kind = "flash"
         query = args[_FLASH_FLOPS[name][0]]
         flops = _FLASH_FLOPS[name][1] * query.numel() * query.size(1)
     elif func._overloadpacket in flop_registry:
-        kind = "attention" if "attention" in name else "matmul"
+        kind = _attention_kind(name, args) if "attention" in name else "matmul"
         flops = int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result))
     elif name == "bitsandbytes::gemm_4bit":
         kind = "matmul"
         flops = 2 * args[0].numel() * args[2][0]
     elif "dequantize" in name:
         kind = "dequantise"
+    elif name.startswith("autotune_host::"):
+        kind = "transfer"
     elif "grouped_mm" in name:  # rows (S, K) first, and what they are multiplied by second
         kind = "matmul"
         products = 2 if name.endswith("_backward") else 1  # the loop's backward makes the weights' gradients too
@@ -225,6 +227,13 @@ def _work(func: Any, args: Any, kwargs: Any, result: Any, inputs: list[Any], out
     moved = tuple(_bytes(tensor) for tensor in (*inputs, *outputs))
     dtype = next((t.dtype for t in inputs if t.is_floating_point()), outputs[0].dtype if outputs else None)
     return Work(kind, str(dtype).removeprefix("torch."), flops, moved)
+
+
+def _attention_kind(name: str, args: Any) -> str:
+    """The kernel; with a mask (`attn_bias`) the efficient one skips nothing of what a causal one would."""
+    if "efficient" not in name:
+        return "flash"
+    return "efficient" if args[4 if name.endswith("_backward") else 3] is None else "masked"
 
 
 def _bytes(tensor: torch.Tensor) -> int:
