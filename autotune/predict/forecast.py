@@ -104,9 +104,12 @@ class Forecast:
         )
 
 
-def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
-    """Predict one config. Raises `NotAlike` for a trace that does not hold at its B and T."""
-    memory, fits = _memory_of(trace, config, target)
+def forecast(trace: Trace, config: TrainingConfig, target: Target, *, evaluation: Trace | None = None) -> Forecast:
+    """Predict one config. Raises `NotAlike` for a trace that does not hold at its B and T.
+
+    `evaluation`: the trace for its `eval_micro_batch_size`, where that is another batch size than the training's.
+    """
+    memory, fits = _memory_of(trace, config, target, evaluation)
     memory, (below, above) = _scaled(memory, target.memory_factor), target.memory_interval
     if target.kernels.kind == "cpu":  # malloc gives back what is freed
         memory = replace(memory, peak_reserved_bytes=memory.peak_allocated_bytes)
@@ -123,7 +126,7 @@ def forecast(trace: Trace, config: TrainingConfig, target: Target) -> Forecast:
     intervals: dict[str, tuple[float, float]] = {
         name: (getattr(memory, name) * below, getattr(memory, name) * above)
         for name in ALLOCATOR_SIZES
-        if name != "peak_reserved_bytes"
+        if name != "peak_reserved_bytes" and getattr(memory, name) is not None
     }
     intervals["peak_reserved_bytes"] = held
     intervals["device_used_bytes"] = (min(low, likely), max(high, likely))
@@ -156,9 +159,11 @@ def forecast_step(trace: Trace, config: TrainingConfig, target: Target) -> TimeF
     return replace(time, low_s=time.step_time_s * low, high_s=time.step_time_s * high)
 
 
-def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[MemoryForecast, bool | None]:
+def _memory_of(
+    trace: Trace, config: TrainingConfig, target: Target, evaluation: Trace | None
+) -> tuple[MemoryForecast, bool | None]:
     """Memory on this target, and whether it fits: what the allocator would only cache it gives back at the limit."""
-    memory = forecast_memory(trace, config, target.kernels)
+    memory = forecast_memory(trace, config, target.kernels, evaluation=evaluation)
     if target.allowed_bytes is None:
         return memory, None
     outside = memory.paged_bytes + target.others_bytes + (target.context.likely_bytes if target.context else 0)
@@ -170,7 +175,7 @@ def _memory_of(trace: Trace, config: TrainingConfig, target: Target) -> tuple[Me
     if memory.peak_allocated_bytes > left:
         return memory, False
     try:
-        return forecast_memory(trace, config, target.kernels, limit_bytes=left), True
+        return forecast_memory(trace, config, target.kernels, limit_bytes=left, evaluation=evaluation), True
     except OutOfMemory:
         return memory, False
 
@@ -179,7 +184,8 @@ def _scaled(memory: MemoryForecast, factor: float) -> MemoryForecast:
     """All that the allocator holds, times what was learned; the parts still sum to the peak."""
     if factor == 1.0:
         return memory
-    sizes = {name: round(getattr(memory, name) * factor) for name in ALLOCATOR_SIZES}
+    known = {name: size for name in ALLOCATOR_SIZES if (size := getattr(memory, name)) is not None}
+    sizes = {name: round(size * factor) for name, size in known.items()}
     parts = {part: round(size * factor) for part, size in memory.parts.items()}
     if parts:
         largest = max(parts, key=lambda part: parts[part])
