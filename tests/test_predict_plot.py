@@ -41,7 +41,6 @@ def a_trace() -> Trace:
         parameters=1,
         unquantized_bytes=0,
         vocab_size=2,
-        hidden_size=2,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import autotune.predict.store as stores
 from autotune.cli import fit_run
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.store import TraceStore, library_versions, sources_hash
+from autotune.predict.trace import FORMAT
 from autotune.values import LIBRARIES
 from gpu_db.store import open_store
 from tests.fakes import a_cpu, a_model, a_request, an_environment
@@ -135,3 +138,14 @@ def test_a_file_with_a_broken_stream_is_made_again(tmp_path: Path) -> None:
     data[12:40] = b"\xff" * 28  # zlib.error, which is no OSError
     path.write_bytes(bytes(data))
     assert not is_found(tmp_path)
+
+
+SHAPES = ["[]", '"x"', "{}", "[" * 100_000, json.dumps({"format": FORMAT, "programs": {"first": []}})]
+
+
+@pytest.mark.parametrize("text", SHAPES, ids=lambda text: text[:9])
+def test_a_file_of_another_shape_is_made_again(tmp_path: Path, text: str) -> None:
+    keep(tmp_path).write_bytes(gzip.compress(text.encode()))
+    assert not is_found(tmp_path)
+    keep(tmp_path)
+    assert is_found(tmp_path)

@@ -17,7 +17,7 @@ from pathlib import Path
 from autotune.hardware.ask_versions import installed_versions
 from autotune.predict.kernels import KernelSet
 from autotune.predict.trace import FORMAT, Trace, from_document, to_document
-from autotune.values import LIBRARIES, ModelSource, TrainingConfig, to_json
+from autotune.values import LIBRARIES, LossPath, ModelSource, Trainer, TrainingConfig, to_json
 
 #: Settings that a trace does not depend on, or that are its variables.
 _FREE = (
@@ -50,10 +50,30 @@ def window_of(source: ModelSource) -> int | None:
     return None
 
 
-def class_of(source: ModelSource, batch: int, tokens: int) -> str:
-    """Points of one class share a trace: a batch of one skips copies, a longer sequence than the window has masks."""
-    window = window_of(source)
-    return f"{'one' if batch == 1 else 'many'}{'-windowed' if window and tokens >= window else ''}"
+#: Tokens of one tile of trl's loss (trl 1.16, kernels/chunked_logprob.py TOKEN_CHUNK_SIZE).
+TRL_TILE = 4096
+
+
+def in_one_tile(config: TrainingConfig) -> bool:
+    """Whether trl's loss takes all tokens of a micro batch at once: its buffer is then as long as they are."""
+    tiled = config.trainer is Trainer.TRL and config.loss is LossPath.CHUNKED
+    return tiled and config.micro_batch_size * config.sequence_length <= TRL_TILE
+
+
+def class_of(source: ModelSource, config: TrainingConfig) -> str:
+    """Configs of one class share a trace: a batch of one skips copies, a longer sequence than the window has masks,
+    whose rows may be padded."""
+    window, tokens = window_of(source), config.sequence_length
+    masks = ("-padded" if tokens % 16 else "") + "-windowed" if window and tokens >= window else ""
+    tile = "-tile" if in_one_tile(config) else ""
+    return f"{'one' if config.micro_batch_size == 1 else 'many'}{masks}{tile}"
+
+
+#: What reading a damaged file, or one of another shape, can raise.
+_UNREADABLE = (
+    *(OSError, EOFError, zlib.error, ValueError, TypeError, LookupError, AttributeError),
+    *(ZeroDivisionError, RecursionError),
+)
 
 
 class TraceStore:
@@ -72,7 +92,7 @@ class TraceStore:
                 if found is not None:
                     found.expand("first", config.micro_batch_size, config.sequence_length)
                     return found
-            except (ValueError, KeyError, TypeError, IndexError):
+            except _UNREADABLE:
                 continue
         return None
 
@@ -84,7 +104,7 @@ class TraceStore:
         if path not in self._loaded:
             try:
                 self._loaded[path] = from_document(json.loads(gzip.decompress(path.read_bytes())))
-            except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
+            except _UNREADABLE:
                 return None
             with contextlib.suppress(OSError):  # a folder that is read only
                 os.utime(path)
@@ -110,7 +130,7 @@ class TraceStore:
         settings = {key: value for key, value in to_json(config).items() if key not in _FREE}
         settings["padding_free"] = config.is_padding_free
         point = (config.micro_batch_size, config.sequence_length) if own_point else None
-        where = class_of(source, config.micro_batch_size, config.sequence_length)
+        where = class_of(source, config)
         picked = {k: v for k, v in dataclasses.asdict(kernels).items() if k != "cublas_workspace_bytes"}
         key = [source.fingerprint, settings, picked, where, point, self._versions, FORMAT, sources_hash()]
         return self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json.gz"

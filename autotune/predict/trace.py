@@ -339,9 +339,9 @@ def to_document(trace: Trace) -> dict[str, Any]:
 
 
 def from_document(document: dict[str, Any]) -> Trace:
-    """Raises ValueError for a document of another format."""
-    if document.get("format") != FORMAT:
-        raise ValueError(f"trace of format {document.get('format')!r}, not {FORMAT}")
+    """Raises ValueError for a document of another format, or without all programs."""
+    if document.get("format") != FORMAT or not {"first", "next", "evaluate"} <= set(document["programs"]):
+        raise ValueError(f"trace of format {document.get('format')!r}, not {FORMAT}, or not whole")
     strings = document["strings"]
 
     def size(item: list[int]) -> Size:
