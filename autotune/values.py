@@ -422,7 +422,7 @@ class Prediction:
     peak_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
     step_time_s: float | None = None
-    training_peak_allocated_bytes: int | None = None  # without the evaluation, as a probe runs; None: not known
+    training_peak_allocated_bytes: int | None = None  # without the evaluation, as a probe runs; None: an older row
     memory_factor: float | None = None  # learned from earlier trials, and in the bytes above; None: not known
     time_factor: float | None = None  # and in the seconds
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
@@ -61,11 +63,16 @@ def shapes() -> list[Shape]:
 
 def cells(shape: Shape, folder: Path) -> dict[str, str]:
     """Of each card, by name, what `estimate --gpu CARD --model MODEL` says, in a few characters."""
+    runner = _runner(folder)
+    return {card.name: cell(estimated(shape.source, card, runner)) for card in cards()}
+
+
+@functools.cache
+def _runner(folder: Path) -> DryRunner:
+    """One for all models of this process: its workers import the training libraries once."""
     runner = DryRunner(TraceStore(folder))
-    try:
-        return {card.name: cell(estimated(shape.source, card, runner)) for card in cards()}
-    finally:
-        runner.close()
+    atexit.register(runner.close)
+    return runner
 
 
 def estimated(source: ModelSource, card: Card, runner: DryRunner) -> Forecast:

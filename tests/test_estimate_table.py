@@ -23,6 +23,7 @@ def a_forecast(*, fits: bool, allocator: AllocatorSetting = AllocatorSetting.DEF
         forward_peak_allocated_bytes=GIB,
         peak_allocated_bytes=2 * GIB,
         peak_reserved_bytes=3 * GIB,
+        training_peak_allocated_bytes=2 * GIB,
         evaluation_peak_allocated_bytes=GIB,
     )
     return Forecast(

@@ -36,6 +36,7 @@ def law(
                 forward_peak_allocated_bytes=0,
                 peak_allocated_bytes=sum(held.values()),
                 peak_reserved_bytes=sum(held.values()),
+                training_peak_allocated_bytes=sum(held.values()),
                 evaluation_peak_allocated_bytes=0,
                 parts=held,
             ),

@@ -57,6 +57,7 @@ def a_forecast(config: TrainingConfig, *, allocated: float, used: float) -> Fore
         forward_peak_allocated_bytes=GIB,
         peak_allocated_bytes=int(allocated),
         peak_reserved_bytes=int(used),
+        training_peak_allocated_bytes=int(allocated),
         evaluation_peak_allocated_bytes=GIB,
     )
     return Forecast(

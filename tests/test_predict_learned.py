@@ -102,7 +102,7 @@ def test_a_correction_that_a_prediction_had_is_taken_out_again() -> None:
         (Origin.PROOF, 6 * GIB, 1.0),
         (Origin.PROOF, None, 1.0),
         (Origin.PROBE, round(8.8 * GIB), pytest.approx(9 / 8.8)),
-        (Origin.PROBE, None, None),  # the evaluation takes more, or a row of before it was kept
+        (Origin.PROBE, None, None),  # a row of before it was kept
     ],
 )
 def test_a_probe_is_held_against_training_and_a_proof_against_the_whole(
@@ -112,13 +112,11 @@ def test_a_probe_is_held_against_training_and_a_proof_against_the_whole(
     assert medians(measured(1.0, prediction=prediction, origin=origin))[1] == ratio
 
 
-def test_training_alone_is_known_where_the_evaluation_takes_less() -> None:
+def test_a_prediction_says_what_training_alone_takes() -> None:
     found = forecast_of(target_of_card(CARD))
-    peak = found.memory.peak_allocated_bytes
-    assert found.prediction().training_peak_allocated_bytes == peak
-    for evaluation, training in ((peak, None), (None, peak)):
-        other = replace(found, memory=replace(found.memory, evaluation_peak_allocated_bytes=evaluation))
-        assert other.prediction().training_peak_allocated_bytes == training
+    both = replace(found.memory, training_peak_allocated_bytes=5, peak_allocated_bytes=7)
+    prediction = replace(found, memory=both).prediction()
+    assert (prediction.training_peak_allocated_bytes, prediction.peak_allocated_bytes) == (5, 7)
 
 
 def test_a_row_of_before_corrections_were_kept_teaches_no_ratio() -> None:

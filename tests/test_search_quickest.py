@@ -38,6 +38,7 @@ def a_card(capacity: int) -> tuple[list[TrainingConfig], Forecast]:
             forward_peak_allocated_bytes=used,
             peak_allocated_bytes=used,
             peak_reserved_bytes=used,
+            training_peak_allocated_bytes=used,
             evaluation_peak_allocated_bytes=20,
         )
         return Forecast(

@@ -25,6 +25,7 @@ ALLOCATOR_SIZES = (
     "forward_peak_allocated_bytes",
     "peak_allocated_bytes",
     "peak_reserved_bytes",
+    "training_peak_allocated_bytes",
     "evaluation_peak_allocated_bytes",
     "checkpoint_peak_allocated_bytes",
 )
@@ -92,9 +93,8 @@ class Forecast:
         return self.config.tokens_per_step / self.step_time_s if self.step_time_s else None
 
     def prediction(self) -> Prediction:
-        peak, evaluation = self.memory.peak_allocated_bytes, self.memory.evaluation_peak_allocated_bytes
         return Prediction(
-            training_peak_allocated_bytes=peak if evaluation is None or evaluation < peak else None,
+            training_peak_allocated_bytes=self.memory.training_peak_allocated_bytes,
             peak_allocated_bytes=self.memory.peak_allocated_bytes,
             peak_reserved_bytes=self.memory.peak_reserved_bytes,
             device_used_bytes=self.device_used_bytes,

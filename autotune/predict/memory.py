@@ -23,6 +23,7 @@ class MemoryForecast:
     forward_peak_allocated_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    training_peak_allocated_bytes: int  # without the evaluation
     evaluation_peak_allocated_bytes: int | None  # None: of that batch size nothing was traced
     checkpoint_peak_allocated_bytes: int = 0  # while one is written: tensors go to the host one by one, copied there
     parts: dict[str, int] = field(default_factory=dict)
@@ -110,13 +111,14 @@ class _Run:
             self.residents["gradients"] -= size
             forward_peak = max(forward_peak, self.forward_peak)
         self._optimizer(1, gradients)
-        between_steps = self.allocator.allocated_bytes
+        between_steps, training_peak = self.allocator.allocated_bytes, self.peak
         evaluation = self._evaluate(self.config.eval_micro_batch_size or batch, tokens)
         return MemoryForecast(
             after_load_bytes=after_load,
             forward_peak_allocated_bytes=forward_peak,
             peak_allocated_bytes=self.peak,
             peak_reserved_bytes=self.peak_reserved,
+            training_peak_allocated_bytes=training_peak,
             evaluation_peak_allocated_bytes=evaluation,
             checkpoint_peak_allocated_bytes=between_steps,
             parts=self._parts_at_peak(),

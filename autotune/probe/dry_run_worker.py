@@ -44,7 +44,6 @@ def _answer(message: dict[str, Any]) -> dict[str, Any]:
         )
         return {"trace": to_document(trace)}
     except Exception as error:  # noqa: BLE001 - the worker's outermost frame: any failure is the answer
-        lines = str(error).strip().splitlines() or [""]
-        name = type(error).__name__
-        said = lines[0][:400] if name == "UnsupportedModel" else f"{name}: {lines[0][:300]}"
+        text, name = " ".join(str(error)[:2000].split())[:400], type(error).__name__
+        said = text if name == "UnsupportedModel" else f"{name}: {text}"
         return {"error": said, "lacks": getattr(error, "lacks", None)}
