@@ -64,22 +64,22 @@ def read_fit(path: Path) -> FitFile:
     return FitFile(config=_config(path, config), model=_model(path, document), gpu=gpu, document=document)
 
 
-def write_file(path: Path, text: str, *, force: bool) -> None:
-    """Write `text` to `path` in one go: what was there stays whole until the new file is on disk.
+def write_file(path: Path, content: str | bytes, *, force: bool) -> None:
+    """Write `content` (text as UTF-8) to `path` in one go: what was there stays whole until the new file is on disk.
 
     Raises InvalidRequest where the file exists and `force` is not given, or where it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         _check_target(path, force=force)
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise InvalidRequest(
-            f"{path}: cannot be written ({error.strerror or error}); make room or choose another place with --output"
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another place"
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -15,6 +15,7 @@ import click
 
 from autotune.configfile import read_config
 from autotune.errors import GpuUnavailable, InvalidRequest, NothingFits, StoreError, UsageError
+from autotune.fitfile import write_file
 from autotune.hardware.cards import Card, find_card
 from autotune.hardware.select import headroom_of_card
 from autotune.hardware.sizes import InvalidSize, format_bytes, parse_bytes
@@ -329,9 +330,9 @@ def _write_files(question: Question, runner: DryRunner, found: Forecast, options
     trace = runner.trace(question.model, found.config, kernels)
     if options["plot"]:
         title = f"{question.model.name} on {question.target.name}, predicted"
-        _write(options["plot"], svg_of_step(trace, found, question.target, title=title).encode())
+        _write(options["plot"], svg_of_step(trace, found, question.target, title=title), force=options["force"])
     if options["history"]:
-        _write(options["history"], viewer_snapshot(trace, found.config, kernels))
+        _write(options["history"], viewer_snapshot(trace, found.config, kernels), force=options["force"])
 
 
 def document(question: Question, found: Forecast, seen: list[Forecast]) -> dict[str, Any]:
@@ -397,7 +398,9 @@ def _sweep(question: Question, runner: DryRunner, options: dict[str, Any]) -> No
             (r.config.sequence_length, r.device_used_bytes / 2**30, r.tokens_per_second, bool(r.fits)) for r in rows
         ]
         title = f"{question.model.name} on {question.target.name}, predicted"
-        _write(options["plot"], svg_of_sweep(points, x_name="sequence length, tokens", title=title).encode())
+        _write(
+            options["plot"], svg_of_sweep(points, x_name="sequence length, tokens", title=title), force=options["force"]
+        )
     if options["as_json"]:
         frontier = [{"config": to_json(r.config), "predicted": predicted(r), "fits": r.fits} for r in rows]
         click.echo(
@@ -441,11 +444,8 @@ def _is_same(one: Path, other: Path) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be written ({error.strerror}): give another name") from error
+def _write(path: Path, content: str | bytes, *, force: bool) -> None:
+    write_file(path, content, force=force)
     say(f"Written to {path}.")
 
 
