@@ -190,9 +190,10 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    """Whether it is a worker, or a fork of one."""
+    """Whether it is a probe's worker, or a fork of one; not one that makes predictions."""
     with contextlib.suppress(psutil.Error):
-        return any(part.endswith("bootstrap.py") for part in process.cmdline())
+        command = process.cmdline()
+        return any(part.endswith("bootstrap.py") for part in command) and "autotune.probe.dry_run_worker" not in command
     return False
 
 

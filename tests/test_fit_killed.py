@@ -66,7 +66,7 @@ def workers(fit: RunningFit) -> list[psutil.Process]:
 
 def words(fit: RunningFit) -> list[str]:
     """What stderr says beside the course of the fit."""
-    course = ("Fitting ", *fit.shown())
+    course = ("Fitting ", "    skip ", *fit.shown())
     return [line for line in fit.errors.splitlines() if line.strip() and not f"{line}\n".startswith(course)]
 
 
