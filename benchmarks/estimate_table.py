@@ -16,7 +16,8 @@ from pathlib import Path
 
 import click
 
-from autotune.cli.estimate_run import Question, fastest_for, start_of, with_headroom, with_its_attention
+from autotune.cli.estimate_question import Question, start_of, with_headroom
+from autotune.cli.estimate_run import fastest_for, with_its_attention
 from autotune.hardware.cards import Card, cards
 from autotune.predict.forecast import Forecast, target_of_card
 from autotune.predict.store import TraceStore, library_versions

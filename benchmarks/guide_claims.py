@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from autotune.cli.estimate_run import with_headroom
+from autotune.cli.estimate_question import with_headroom
 from autotune.hardware.cards import cards, find_card
 from autotune.predict.forecast import Forecast, forecast, target_of_card
 from autotune.predict.store import TraceStore, library_versions

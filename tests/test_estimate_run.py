@@ -17,7 +17,7 @@ import pytest
 
 from autotune.cli import estimate_run
 from autotune.cli.estimate import command
-from autotune.cli.estimate_run import choose_target, sweep_values, with_its_dtype
+from autotune.cli.estimate_question import choose_target, sweep_values, with_its_dtype
 from autotune.cli.estimate_text import print_estimate, print_sweep
 from autotune.cli.fit_text import print_fit
 from autotune.cli.group import run

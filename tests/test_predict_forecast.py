@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from autotune.cli.estimate_run import with_headroom
+from autotune.cli.estimate_question import with_headroom
 from autotune.hardware.cards import Card, cards, find_card
 from autotune.predict.context import context_of, context_of_capability
 from autotune.predict.forecast import Forecast, Target, cannot_fit, cpu_target, forecast, target_of_card

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 import autotune
-from autotune.cli import estimate_run
+from autotune.cli import estimate_question
 from autotune.cli.learned_here import is_of_card, learned_here, learned_line
 from autotune.hardware.cards import find_card
 from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, target_of_card
@@ -350,12 +350,12 @@ def test_an_estimate_of_a_card_that_is_known_here_says_so_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AUTOTUNE_HOME", str(tmp_path))
-    question = estimate_run.Question(model=a_model(), config=CONFIG, given=True, target=target_of_card(CARD))
-    assert estimate_run.with_what_is_known(question) == question
+    question = estimate_question.Question(model=a_model(), config=CONFIG, given=True, target=target_of_card(CARD))
+    assert estimate_question.with_what_is_known(question) == question
     with open_store(tmp_path, DEVICE) as store:
         for _ in range(3):
             store.append(measured(1.004, 1.25, environment=INSTALLED))
-    known = estimate_run.with_what_is_known(question)
+    known = estimate_question.with_what_is_known(question)
     assert known.target.time_factor == 1.25
     assert known.target.context is not None
     assert "measured here by 3 probes" in known.target.context.source
@@ -403,8 +403,8 @@ def test_a_database_that_cannot_be_read_costs_a_line_and_not_the_estimate(
     monkeypatch.setenv("AUTOTUNE_HOME", str(tmp_path))
     (tmp_path / "gpus").mkdir()
     (tmp_path / "gpus" / f"{DEVICE.slug}.db").write_text("not a database")
-    question = estimate_run.Question(model=a_model(), config=CONFIG, given=True, target=target_of_card(CARD))
-    assert estimate_run.with_what_is_known(question) == question
+    question = estimate_question.Question(model=a_model(), config=CONFIG, given=True, target=target_of_card(CARD))
+    assert estimate_question.with_what_is_known(question) == question
     assert "left out" in capsys.readouterr().err
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 
+from autotune.cli.words import say
 from autotune.dataset import DatasetFacts, describe_dataset
 from autotune.errors import GpuUnavailable, Interrupted, InvalidRequest, NothingFits, UsageError
 from autotune.fitfile import write_fit
@@ -390,8 +391,3 @@ def nothing_fits_line(result: Recommendation) -> str:
     known = " (known from the database, nothing was run; --fresh measures again)" if result.from_database else ""
     why = result.notes[-1] if result.notes else "nothing fits"
     return f"{why if why.startswith('nothing fits') else f'nothing fits: {why}'}{known}{near}. Try {', '.join(ways)}"
-
-
-def say(line: str) -> None:
-    """A line for people: stderr."""
-    click.echo(line, err=True)

@@ -1,6 +1,8 @@
-"""A config and a trial in a few words, for progress lines and tables."""
+"""A config and a trial in a few words, for progress lines and tables; a line for people."""
 
 from __future__ import annotations
+
+import click
 
 from autotune.recommendation import peak_bytes
 from autotune.values import MIB, AllocatorSetting, LossPath, TrainingConfig, TrialRecord, Upcast, Verdict
@@ -68,3 +70,8 @@ def outcome(trial: TrialRecord) -> str:
 def mib(size: int | None) -> str:
     """Bytes as MiB with thousands marked; "?" for unknown."""
     return "?" if size is None else f"{size / MIB:,.0f} MiB"
+
+
+def say(line: str) -> None:
+    """A line for people: stderr."""
+    click.echo(line, err=True)
