@@ -40,9 +40,10 @@ Written by `python -m benchmarks.estimate_table`.
 A cell is tokens/s and the micro batch size that is fastest with what takes least memory: full gradient checkpointing
 and the chunked loss (`autotune estimate` itself finds faster configs where there is room for them); `e` where only
 expandable segments make it fit. A cell in brackets does not fit: the least memory in use, in GiB. NF4 with double
-quantisation, LoRA rank 16 on all linear layers, SDPA attention (eager where the installed transformers has none: Gemma 2, gpt-oss),
-no float32 copies, `adamw_torch_fused`, float16 where a card has no bfloat16, 2 % of the card (at least 256 MiB) kept free. Speeds order
-cards and configs better than they hit the second: the interval is −20 % to +50 % of step time."""
+quantisation, LoRA rank 16 on all linear layers, SDPA attention (eager where the installed transformers has none: Gemma
+2, gpt-oss), no float32 copies, `adamw_torch_fused`, float16 where a card has no bfloat16, 2 % of the card (at least
+256 MiB) kept free. Speeds order cards and configs better than they hit the second: the interval is −20 % to +50 % of
+step time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
