@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from autotune.hardware.cards import cards
 from autotune.predict.forecast import Forecast
 from autotune.predict.memory import MemoryForecast
 from autotune.values import GIB, AllocatorSetting, ModelSource, TrainingConfig
 from autotune.workload.models import catalogue
-from benchmarks.estimate_table import COLUMNS, Shape, cell, page, shapes
+from benchmarks.estimate_table import COLUMNS, Shape, cell, page, shapes, short
 
 EXPANDABLE = AllocatorSetting.EXPANDABLE_SEGMENTS
 
@@ -64,3 +65,15 @@ def test_the_page_has_a_table_of_every_few_models_with_a_row_a_card() -> None:
         assert text.count(f"| {card.name} | ") == 2
     assert text.count("cell of owner/m3") == len(cards())
     assert text.endswith("## Models of one shape\n\n- owner/m0: owner/same\n")
+
+
+def test_the_page_has_every_model_on_every_card() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "estimates.md").read_text(encoding="utf-8")
+    for entry in catalogue():
+        assert short(entry) in page, entry
+    sections = -(-len(shapes()) // COLUMNS)
+    for card in cards():
+        rows = [line for line in page.splitlines() if line.startswith(f"| {card.name} |")]
+        assert len(rows) == sections
+        assert sum(row.count("|") - 2 for row in rows) == len(shapes())
+        assert all(cell.strip() for row in rows for cell in row.strip("|").split("|"))
