@@ -315,7 +315,13 @@ def observe(trial: TrialRecord) -> Observation:
 def not_worth_a_probe(config: TrainingConfig) -> Observation:
     """A config that is predicted not to fit, as the search sees it."""
     return Observation(
-        config=config, fits=False, out_of_memory=True, tokens_per_second=None, spread=None, peak_bytes=None
+        config=config,
+        fits=False,
+        out_of_memory=True,
+        tokens_per_second=None,
+        spread=None,
+        peak_bytes=None,
+        probed=False,
     )
 
 

@@ -326,6 +326,13 @@ def test_what_cannot_fit_is_skipped_and_the_answer_is_the_same() -> None:
     assert any("predicted not to fit" in note for note in with_it.notes)
 
 
+def test_what_is_skipped_is_no_probe_of_those_allowed() -> None:
+    scene = Scene(request=limited(900), predictor=Seer(900 * MIB))
+    result = scene.fit(max_probes=3)
+    assert scene.watcher.skipped
+    assert result.probes == 3 + 1  # and the proof
+
+
 def test_every_trial_keeps_what_was_predicted_before_it_and_teaches_the_predictor() -> None:
     scene = Scene(predictor=Seer(1500 * MIB))
     scene.fit()

@@ -39,6 +39,7 @@ class Observation:
     tokens_per_second: float | None
     spread: float | None  # uncertainty of tokens_per_second, a fraction of it; None: not known
     peak_bytes: int | None
+    probed: bool = True  # False: predicted not to fit, and taken at its word
 
     @property
     def speed(self) -> float:
@@ -256,7 +257,7 @@ class _Climber:
             return self.seen[config]
         if self.space.legal(config) is not None or self.must_run_out(config):
             return None
-        if len(self.seen) >= self.max_probes:
+        if sum(item.probed for item in self.seen.values()) >= self.max_probes:
             raise _OutOfProbes
         self.seen[config] = yield Proposal(config, reason, self.moves(config))
         return self.seen[config]
