@@ -49,7 +49,10 @@ def print_estimate(model: str, target: Target, found: Forecast) -> None:
         console.print(text, soft_wrap=True)
 
     line(f"Predicted, nothing was run: {model} on {target.name}")
-    line(f"  {describe(found.config)}, {found.config.quantization.value}, {found.config.optimizer}")
+    words = [describe(found.config), found.config.quantization.value]
+    if found.config.optimizer not in words[0]:  # there where it is not the usual one
+        words.append(found.config.optimizer)
+    line(f"  {', '.join(words)}")
     low, high = found.intervals["device_used_bytes"]
     verdict = {True: "fits in", False: "does NOT fit in", None: "of unknown memory"}[found.fits]
     capacity = f" {verdict} {format_bytes(target.capacity_bytes)}" if target.capacity_bytes else ""
