@@ -119,7 +119,8 @@ class _Fit:
         self.stored = seams.store.trials(request_id=self.id)
         self.trials: list[TrialRecord] = []
         self.probes = 0
-        self.skipped = 0
+        self.skipped: dict[TrainingConfig, Prediction] = {}
+        self.believes = True  # in predictions; not any more once one that was told not to fit did
 
     def known_answer(self) -> Recommendation | None:
         """From the store: at once where environment and free memory still allow it, else after one proving probe."""
@@ -161,6 +162,9 @@ class _Fit:
             trial = self.measure(proposal.config, proposal.reason, proposal=proposal)
             search.tell(proposal, observe(trial))
         outcome = search.outcome()
+        if not outcome.ranked and self.skipped and not self.trials and self.closest_skipped_fits():
+            self.believes, self.skipped = False, {}
+            return self.search(installed, max_probes, {**recorded, **self.recorded_now()})
         notes = [*left_out(space), *self.skipped_line(), outcome.stopped]
         if outcome.ties:
             notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
@@ -172,22 +176,31 @@ class _Fit:
         return self.recommend(None, notes=tuple(notes), from_database=self.probes == 0)
 
     def skips(self, config: TrainingConfig) -> bool:
-        """Whether a config is predicted not to fit. The smallest micro batch is always measured: a fit that finds
-        nothing has seen it."""
+        """Whether a config is predicted not to fit, and is left out for it."""
         predictor = self.seams.predictor
-        if predictor is None or config.micro_batch_size == 1 or not predictor.hopeless(config):
+        if predictor is None or not self.believes or not predictor.hopeless(config):
             return False
         prediction = predictor.predict(config)
         if prediction is None:
             return False
-        self.skipped += 1
+        self.skipped[config] = prediction
         self.seams.observer.trial_skipped(config, prediction)
         return True
+
+    def closest_skipped_fits(self) -> bool:
+        """Nothing fits, as predicted: the config that would take least is measured, so that a fit has seen one."""
+        closest = min(self.skipped, key=lambda config: self.skipped[config].peak_allocated_bytes)
+        trial = self.measure(closest, "nothing is predicted to fit: the closest is measured")
+        return trial.judgement.verdict is Verdict.FITS
+
+    def recorded_now(self) -> dict[TrainingConfig, Observation]:
+        """What this fit has measured so far."""
+        return {trial.config: observe(trial) for trial in self.trials if trial.origin is Origin.PROBE}
 
     def skipped_line(self) -> tuple[str, ...]:
         if not self.skipped:
             return ()
-        return (f"{self.skipped} config(s) predicted not to fit and not probed (--no-prediction probes them)",)
+        return (f"{len(self.skipped)} config(s) predicted not to fit and not probed (--no-prediction probes them)",)
 
     def provable(self, ranked: Sequence[Observation]) -> Iterator[Observation]:
         """Candidates for a proof, fastest first; after one that ran out of memory only those that took less."""

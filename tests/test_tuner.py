@@ -341,8 +341,19 @@ def test_every_trial_keeps_what_was_predicted_before_it_and_teaches_the_predicto
     assert scene.predictor.learned == scene.watcher.shown
 
 
-def test_the_smallest_micro_batch_is_measured_whatever_is_predicted() -> None:
-    scene = Scene(request=limited(900), predictor=Seer(900 * MIB, factor=100.0))
+def test_predictions_that_leave_nothing_are_held_against_a_probe_and_given_up() -> None:
+    blind = Scene(request=limited(900))
+    misled = Scene(request=limited(900), predictor=Seer(900 * MIB, factor=100.0))
+    without, with_it = blind.fit(), misled.fit()
+    assert with_it.proof is not None
+    assert without.proof is not None
+    assert with_it.proof.config == without.proof.config
+
+
+def test_what_is_predicted_not_to_fit_and_does_not_is_seen_once() -> None:
+    scene = Scene(request=limited(1), predictor=Seer(1 * MIB))
     result = scene.fit()
-    assert {request.config.micro_batch_size for request in scene.executor.requests} == {1}
-    assert result.status is FitStatus.FITTED
+    assert result.status is FitStatus.NOTHING_FITS
+    assert len(scene.executor.requests) == 1
+    (seen,) = scene.executor.requests
+    assert seen.config.micro_batch_size == 1
