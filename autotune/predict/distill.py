@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -243,10 +243,3 @@ def without_accumulation(blocks: list[Block]) -> list[Block]:
                 made.deaths.append((i, event))
         out.append(made)
     return out
-
-
-def each_program(
-    points: list[dict[str, list[Stretch]]], change: Callable[[list[_Raw]], list[_Raw]]
-) -> dict[str, list[list[_Raw]]]:
-    """Program → its raw blocks at each point."""
-    return {name: [change(raw_blocks(point[name])) for point in points] for name in points[0]}

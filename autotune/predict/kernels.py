@@ -19,14 +19,6 @@ class KernelSet:
     grouped_mm: bool = True  # experts in one product (sm80 and later); else transformers' loop over them
     cublas_workspace_bytes: int = 8_519_680  # per handle: 2 × 4 MiB + 8 × 16 KiB; 32 MiB on sm90 and sm100
 
-    @property
-    def slug(self) -> str:
-        """Names the set in a file name."""
-        if self.kind == "cpu":
-            return "cpu"
-        kernels = (("f", self.sdpa_flash), ("e", self.sdpa_efficient), ("g", self.grouped_mm))
-        return "cuda-" + "".join(letter for letter, runs in kernels if runs)
-
 
 CPU = KernelSet(kind="cpu", sdpa_flash=False, sdpa_efficient=False, cublas_workspace_bytes=0)
 

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import library
 from torch.nn import functional
 
 from autotune.predict import autocast
@@ -317,7 +318,7 @@ def _add_products(
 
 # The kernels. What a body makes is not traced: one operator, which reads and writes what it is given.
 
-_library = torch.library.Library("autotune_liger", "DEF")
+_library = library.Library("autotune_liger", "DEF")
 _ops: Any = torch.ops.autotune_liger
 
 

@@ -78,10 +78,6 @@ class Tracer(TorchDispatchMode):
     def start(self, label: Label) -> None:
         self.stretches.append(Stretch(label))
 
-    def number_of(self, tensor: torch.Tensor) -> int | None:
-        """The number of a live storage that was born here."""
-        return self._alive.get(tensor.untyped_storage()._cdata)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
@@ -136,7 +132,7 @@ class Tracer(TorchDispatchMode):
             return "attention"
         if name.startswith("aten::_to_copy"):
             return "casts"
-        return ""  # by its stretch: see `trace.part_of`
+        return ""  # by its stretch: see `distill`
 
     def _temporary_bytes(self, func: Any, args: Any, kwargs: Any) -> int:
         """What the device's kernel allocates for its own duration, which no tensor shows."""
