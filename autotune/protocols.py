@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from autotune.values import (
@@ -54,6 +54,23 @@ class Predictor(Protocol):
         ...
 
     def learn(self, trial: TrialRecord) -> None: ...
+
+    @property
+    def allowed_bytes(self) -> int | None:
+        """What `Prediction.device_used_bytes` may reach; None: not known."""
+        ...
+
+    def at_hand(self, config: TrainingConfig) -> bool:
+        """Whether `seconds` and `expect` answer without a dry run."""
+        ...
+
+    def seconds(self, config: TrainingConfig) -> Mapping[str, float] | None:
+        """Of an optimizer step by kind of operator, with nothing learned in it; quick once a trace is at hand."""
+        ...
+
+    def expect(self, config: TrainingConfig) -> Prediction | None:
+        """As `predict`, with nothing learned in it."""
+        ...
 
 
 class TrialStore(Protocol):

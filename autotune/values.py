@@ -345,6 +345,8 @@ class ProbeRequest:
     optimizer_steps: int = 1  # a proof takes at least 3: Adam's state appears after the first
     micro_batches: int = 2  # timed to an optimizer step; memory does not depend on more
     device_used_before_bytes: int | None = None  # on the card before the worker started: other tenants
+    beat_s: float | None = None  # of a timed micro batch: a config that is surely slower is cut short (racing)
+    timed_lengths: tuple[int, ...] = ()  # tokens that each timed micro batch is padded to, in turn; (): full length
     seed: int = 0
     limits: ProbeLimits = field(default_factory=ProbeLimits)
 
@@ -368,6 +370,7 @@ class ProbeReport:
     phases_s: dict[str, float] = field(default_factory=dict)  # seconds by phase name
     micro_batch_times_s: tuple[float, ...] = ()  # forward and backward, warm-up left out
     optimizer_times_s: tuple[float, ...] = ()  # clip, step and zero_grad, warm-up left out
+    cut_short: bool = False  # it could not beat `ProbeRequest.beat_s` any more
     eval_time_s: float | None = None
     loss: float | None = None  # last training loss; None after timed steps: it was not finite
     losses: tuple[float, ...] = ()  # the finite ones, warm-up included
@@ -425,6 +428,7 @@ class Prediction:
     training_peak_allocated_bytes: int | None = None  # without the evaluation, as a probe runs; None: an older row
     memory_factor: float | None = None  # learned from earlier trials, and in the bytes above; None: not known
     time_factor: float | None = None  # and in the seconds
+    seconds_by_kind: dict[str, float] | None = None  # of an optimizer step by kind of operator, nothing learned in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
