@@ -23,6 +23,7 @@ from autotune.cli.words import say
 from autotune.dataset import DatasetFacts, describe_dataset
 from autotune.errors import GpuUnavailable, Interrupted, InvalidRequest, NothingFits, UsageError
 from autotune.fitfile import write_fit
+from autotune.hardware.cpu import card_of_cpu
 from autotune.hardware.environment import is_own_python, read_environment
 from autotune.hardware.readers import read_machine
 from autotune.hardware.select import check_headroom, check_memory_limit, default_headroom_bytes, select_device
@@ -247,7 +248,10 @@ def _predictor(
     target = dataclasses.replace(target_of_device(device, request.memory_limit_bytes), headroom_bytes=headroom)
     traces = TraceStore(default_home() / "traces", {name: getattr(environment, name) for name in LIBRARIES})
     runner = DryRunner(traces, python=options["python"], stop=stopped)
-    return FitPredictor(runner, request.model, target, environment, lambda: store.trials(latest=LEARNED_FROM))
+    card = card_of_cpu(device, environment.threads or 1) if device.kind == "cpu" else None
+    return FitPredictor(
+        runner, request.model, target, environment, lambda: store.trials(latest=LEARNED_FROM), card=card
+    )
 
 
 def check_environment(environment: Environment, device: Device, python: str | None) -> None:

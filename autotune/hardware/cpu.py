@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
-from autotune.values import Device
+from autotune.hardware.cards import AttentionKernels, Card
+from autotune.values import GIB, Device
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _SELF_CGROUP = Path("/proc/self/cgroup")
@@ -98,3 +99,39 @@ def _statistic(file: Path, key: str) -> int:
         return next((int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] == key), 0)
     except (OSError, ValueError):
         return 0
+
+
+#: FLOP/s of one thread in a large float32 product, and bytes a second that all stream: of the order that server
+#: processors reach. Nobody is told them: a search uses their ratios, and learns how far they are off.
+_FLOPS_PER_THREAD = 40e9
+_BANDWIDTH = 15e9
+
+
+def card_of_cpu(device: Device, threads: int) -> Card:
+    """The processor as a card, so that its steps can be reckoned: rough, to be corrected by what is measured."""
+    rate = _FLOPS_PER_THREAD * max(1, threads)
+    total = device.total_bytes or 0
+    return Card(
+        name=device.name,
+        aliases=(),
+        vendor="intel",
+        segment="server",
+        architecture="cpu",
+        compute_capability=None,
+        memory_bytes=total,
+        memory_nominal_gib=round(total / GIB),
+        bandwidth_bytes_per_s=round(_BANDWIDTH),
+        fp32_flops_per_s=rate,
+        tf32_flops_per_s=None,
+        fp16_flops_per_s=rate,
+        bf16_flops_per_s=rate,
+        sm_count=max(1, threads),
+        boost_clock_mhz=None,
+        l2_bytes=None,
+        dtypes=("float32", "bfloat16"),
+        attention=AttentionKernels(
+            sdpa_flash=False, sdpa_efficient=False, sdpa_math=True, sdpa_cudnn_first=False, flash_attention_2=False
+        ),
+        bitsandbytes=True,
+        bus="none",
+    )

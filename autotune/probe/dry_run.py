@@ -81,6 +81,11 @@ class DryRunner:
         unknown = DryRunFailed(f"{source.name} cannot be predicted at this length and batch")
         raise self._failed.get(self._class(source, config, kernels), unknown)
 
+    def has(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> bool:
+        """Whether the config's trace, or why there is none, is known already."""
+        failed = self._class(source, config, kernels) in self._failed
+        return failed or self._store.find(source, config, kernels) is not None
+
     def prepare(self, source: ModelSource, configs: Iterable[TrainingConfig], kernels: KernelSet) -> None:
         """Make the traces of several configs, side by side; one that cannot be made is for `trace` to say.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from autotune.errors import InvalidRequest
@@ -12,6 +12,7 @@ from autotune.predict.context import context_of_capability
 from autotune.predict.forecast import Forecast, Target, cannot_fit, cpu_target, target_of_card
 from autotune.predict.kernels import kernels_of
 from autotune.predict.learned import learn, with_learned
+from autotune.predict.steptime import forecast_time
 from autotune.predict.trace import NotAlike
 from autotune.probe.dry_run import DryRunner
 from autotune.values import Device, Environment, ModelSource, Prediction, TrainingConfig, TrialRecord
@@ -23,7 +24,7 @@ class FitPredictor:
     """Implements the flow's `Predictor`: a config that cannot be traced has no prediction, and is probed.
 
     `target` says the headroom too. `history` gives what is stored of this device; it is asked once, before the first
-    prediction.
+    prediction. `card` stands in for the target's, where that has none, in `seconds` alone.
     """
 
     def __init__(
@@ -33,22 +34,56 @@ class FitPredictor:
         target: Target,
         environment: Environment,
         history: Callable[[], Sequence[TrialRecord]] = lambda: (),
+        *,
+        card: Card | None = None,
     ) -> None:
         self._runner, self._source, self._plain = runner, source, target
         self._environment = environment
         self._history = history
         self._trials: list[TrialRecord] | None = None
         self._target = target
+        self._card = target.card or card  # of the steps' time
 
     def predict(self, config: TrainingConfig) -> Prediction | None:
         """What is expected, with what was learned. Raises `Interrupted`, `StoreError`."""
-        found = self._forecast(config)
-        return found.prediction() if found else None
+        self._known()
+        found = self._forecast(config, self._target)
+        seconds = self.seconds(config) if found else None
+        return replace(found.prediction(), seconds_by_kind=dict(seconds) if seconds else None) if found else None
 
     def hopeless(self, config: TrainingConfig) -> bool:
         """Whether even the low end of what is expected is above what may be used."""
-        found = self._forecast(config)
+        self._known()
+        found = self._forecast(config, self._target)
         return found is not None and cannot_fit(found)
+
+    @property
+    def allowed_bytes(self) -> int | None:
+        return self._plain.allowed_bytes
+
+    def at_hand(self, config: TrainingConfig) -> bool:
+        return self._runner.has(self._source, config, self._plain.kernels)
+
+    def prepare(self, configs: Iterable[TrainingConfig]) -> None:
+        """Make the traces of these side by side. Raises `Interrupted`, and `DryRunFailed` where no process starts."""
+        self._runner.prepare(self._source, configs, self._plain.kernels)
+
+    def seconds(self, config: TrainingConfig) -> Mapping[str, float] | None:
+        """None where the config cannot be traced, or nothing is known of the card. Raises `Interrupted`."""
+        if self._card is None:
+            return None
+        try:
+            trace = self._runner.trace(self._source, config, self._plain.kernels)
+            return forecast_time(trace, config, self._card).by_kind
+        except (InvalidRequest, NotAlike) as error:
+            logger.debug("no prediction: %s", error)
+            return None
+
+    def expect(self, config: TrainingConfig) -> Prediction | None:
+        """Raises `Interrupted`."""
+        found = self._forecast(config, self._plain)
+        seconds = self.seconds(config) if found else None
+        return replace(found.prediction(), seconds_by_kind=dict(seconds) if seconds else None) if found else None
 
     def learn(self, trial: TrialRecord) -> None:
         """Take a trial of this fit in: the next prediction goes by it too."""
@@ -67,10 +102,9 @@ class FitPredictor:
         learned = learn(trials, self._environment, model_fingerprint=self._source.fingerprint)
         self._target = with_learned(self._plain, learned)
 
-    def _forecast(self, config: TrainingConfig) -> Forecast | None:
-        self._known()
+    def _forecast(self, config: TrainingConfig, target: Target) -> Forecast | None:
         try:
-            return self._runner.forecast(self._source, config, self._target)
+            return self._runner.forecast(self._source, config, target)
         except (InvalidRequest, NotAlike) as error:
             logger.debug("no prediction: %s", error)
             return None
