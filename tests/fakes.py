@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from autotune.values import (
     Isolation,
     LossPath,
     ModelSource,
+    Prediction,
     Preserves,
     ProbeReport,
     ProbeRequest,
@@ -241,6 +243,86 @@ class FakeExecutor:
             wall_time_s=0.3 + micro_s * batches,
             startup_s=0.3,
         )
+
+
+@dataclass(slots=True)
+class FakePredictor:
+    """A Predictor that knows `law` but for its errors, and learns them from trials as a real one does.
+
+    What it allows is what the executor's limit is compared with: tensors, and nothing beside them.
+    """
+
+    law: Law = field(default_factory=Law)
+    allowed_bytes: int | None = None
+    memory_error: float = 1.0  # expected ÷ true bytes
+    time_error: float = 1.0  # expected ÷ true seconds
+    is_known: Callable[[TrainingConfig], bool] = lambda config: True  # a trace is at hand
+    is_traceable: Callable[[TrainingConfig], bool] = lambda config: True
+    learned: list[TrialRecord] = field(default_factory=list)
+    asked: list[TrainingConfig] = field(default_factory=list)  # whose memory was predicted, by `predict` or `expect`
+
+    def predict(self, config: TrainingConfig) -> Prediction | None:
+        self.asked.append(config)
+        return self._prediction(config, self._factor(_memory_ratio), self._factor(_time_ratio))
+
+    def hopeless(self, config: TrainingConfig) -> bool:
+        found = self.predict(config)
+        if found is None or self.allowed_bytes is None:
+            return False
+        return found.peak_allocated_bytes * 0.99 > self.allowed_bytes
+
+    def learn(self, trial: TrialRecord) -> None:
+        self.learned.append(trial)
+
+    def at_hand(self, config: TrainingConfig) -> bool:
+        return self.is_known(config)
+
+    def seconds(self, config: TrainingConfig) -> Mapping[str, float] | None:
+        if not self.is_traceable(config):
+            return None
+        micro_s = config.micro_batch_size * config.sequence_length / self.law.speed(config)
+        in_micro_batches = config.gradient_accumulation_steps * micro_s * self.time_error
+        return {
+            "layers": 0.8 * in_micro_batches,
+            "logits": 0.2 * in_micro_batches,
+            "optimizer": self.law.optimizer_time_s * self.time_error,
+        }
+
+    def expect(self, config: TrainingConfig) -> Prediction | None:
+        self.asked.append(config)
+        return self._prediction(config, 1.0, 1.0)
+
+    def _prediction(self, config: TrainingConfig, memory_factor: float, time_factor: float) -> Prediction | None:
+        seconds = self.seconds(config)
+        if seconds is None:
+            return None
+        peak = round(self.law.peak_bytes(config) * self.memory_error * memory_factor)
+        return Prediction(
+            peak_allocated_bytes=peak,
+            peak_reserved_bytes=peak,
+            device_used_bytes=peak,
+            training_peak_allocated_bytes=peak,
+            step_time_s=sum(seconds.values()) * time_factor,
+            memory_factor=memory_factor,
+            time_factor=time_factor,
+            seconds_by_kind=dict(seconds),
+        )
+
+    def _factor(self, ratio: Callable[[TrialRecord, Prediction], float | None]) -> float:
+        """The median of measured ÷ expected."""
+        pairs = [(trial, self._prediction(trial.config, 1.0, 1.0)) for trial in self.learned]
+        ratios = [found for trial, expected in pairs if expected and (found := ratio(trial, expected)) is not None]
+        return statistics.median(ratios) if ratios else 1.0
+
+
+def _memory_ratio(trial: TrialRecord, expected: Prediction) -> float | None:
+    peak = trial.report.peak_allocated_bytes
+    return peak / expected.peak_allocated_bytes if peak else None
+
+
+def _time_ratio(trial: TrialRecord, expected: Prediction) -> float | None:
+    step_s = trial.report.step_time_s(trial.config.gradient_accumulation_steps)
+    return step_s / expected.step_time_s if step_s and expected.step_time_s else None
 
 
 @dataclass(slots=True)
