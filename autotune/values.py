@@ -343,7 +343,7 @@ class ProbeRequest:
     headroom_bytes: int = 0
     proof: bool = False  # real optimizer steps, nothing primed, then an evaluation and a checkpoint
     optimizer_steps: int = 1  # a proof takes at least 3: Adam's state appears after the first
-    micro_batches: int = 2  # timed to an optimizer step; memory does not depend on more
+    micro_batches: int = 6  # timed at most, a proof two a step; memory does not depend on more
     device_used_before_bytes: int | None = None  # on the card before the worker started: other tenants
     beat_s: float | None = None  # of a timed micro batch: a config that is surely slower is cut short (racing)
     timed_lengths: tuple[int, ...] = ()  # tokens that each timed micro batch is padded to, in turn; (): full length

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from autotune.errors import Interrupted
+from autotune.probe.race import is_beaten, is_enough
 from autotune.search.climb import Observation
 from autotune.values import (
     GIB,
@@ -225,12 +226,14 @@ class FakeExecutor:
         micro_s *= 1 + self.noise * chance.uniform(-1, 1)
         untimed = (2 if request.device == "cpu" else 1) if request.proof else 0
         steps = max(1, request.optimizer_steps - untimed)
-        batches = request.micro_batches * request.optimizer_steps
+        timed, beaten = _timed(micro_s, request)
+        batches = len(timed) * request.optimizer_steps
         losses = tuple(11.0 - 0.01 * batch for batch in range(batches))
         return ProbeReport(
             phases_s={"build": 0.3, "forward": micro_s * batches},
-            micro_batch_times_s=(micro_s,) * request.micro_batches * steps,
+            micro_batch_times_s=timed * steps,
             optimizer_times_s=(self.law.optimizer_time_s,) * steps,
+            cut_short=beaten,
             eval_time_s=micro_s / 3 if request.proof else None,
             loss=losses[-1],
             losses=losses,
@@ -400,6 +403,18 @@ class FakeReader:
 
     def devices(self) -> Iterable[Device]:
         return self.found
+
+
+def _timed(micro_s: float, request: ProbeRequest) -> tuple[tuple[float, ...], bool]:
+    """The micro batches that a worker times to an optimizer step, and whether it stops because they are beaten."""
+    if request.proof:
+        return (micro_s,) * min(2, request.micro_batches), False
+    times: tuple[float, ...] = (micro_s,)
+    while len(times) < request.micro_batches and not is_enough(times):
+        if is_beaten(times, request.beat_s):
+            return times, True
+        times = (*times, micro_s)
+    return times, False
 
 
 def _allowed_bytes(request: ProbeRequest) -> int | None:

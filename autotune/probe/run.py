@@ -15,6 +15,7 @@ import torch
 
 from autotune.probe.channel import Channel
 from autotune.probe.memory import DataPeak, lift_data_limit, status_bytes
+from autotune.probe.race import is_beaten, is_enough
 from autotune.values import Failure, ProbeReport, ProbeRequest, to_json
 from autotune.workload.build import BaseModel, build_base
 from autotune.workload.step import TrainingStep
@@ -22,7 +23,8 @@ from autotune.workload.tracking import LiveBytes, model_tensors
 
 _TRACEBACK_CHARS = 6000
 _MESSAGE_CHARS = 4000
-_ENOUGH_S = 4.0  # of timed micro batches: one that takes longer is timed once
+_BATCHES_HELD = 2  # on the device and timed in turn
+_PROOF_MICRO_BATCHES = 2  # of a proof's optimizer step: the second has gradients alive, as all later ones
 
 
 def base_key(request: ProbeRequest) -> str:
@@ -151,26 +153,35 @@ class ProbeRun:
         self.facts["skipped_steps"] = step.skipped_steps
 
     def _probe(self, step: TrainingStep) -> None:
-        """Optimizer state made first, one warm-up micro batch, then the timed ones and an optimizer step."""
+        """Optimizer state made first, one warm-up micro batch, then the timed ones and an optimizer step.
+
+        The first micro batch shows the memory of all: what is cut short has shown it too.
+        """
         self._enter("optimizer")
         step.prime_optimizer()
         if self._tracker:
             self._tracker.see(model_tensors(step.model))
             self._tracker.see(step.optimizer_tensors())
-        batches = step.batches(1 + self.request.micro_batches)
-        items = step.items_in(batches)
-        self._micro(step, batches[0], items, timed=False)
-        for batch in batches[1:]:
+        warm_up, *batches = step.batches(1 + min(self.request.micro_batches, _BATCHES_HELD))
+        items = step.items_in([warm_up, *batches])
+        self._micro(step, warm_up, items, timed=False)
+        for number in range(self.request.micro_batches):
+            if number and self._may_stop():
+                break
             if self.request.config.gradient_accumulation_steps == 1:
                 step.model.zero_grad()
-            self._micro(step, batch, items, timed=True)
-            if sum(self.facts["micro_batch_times_s"]) > _ENOUGH_S:
-                break
+            self._micro(step, batches[number % len(batches)], items, timed=True)
         self._optimizer(step, timed=True)
+
+    def _may_stop(self) -> bool:
+        """Whether the micro batches timed so far settle it; notes where it is because they cannot win any more."""
+        times = self.facts["micro_batch_times_s"]
+        self.facts["cut_short"] = is_beaten(times, self.request.beat_s)
+        return self.facts["cut_short"] or is_enough(times)
 
     def _prove(self, step: TrainingStep, folder: str) -> None:
         """Steps as a trainer takes them. The first is warm-up; on the CPU the second is watched, not timed."""
-        per_step = min(step.config.gradient_accumulation_steps, self.request.micro_batches)
+        per_step = min(step.config.gradient_accumulation_steps, self.request.micro_batches, _PROOF_MICRO_BATCHES)
         for number in range(self.request.optimizer_steps):
             batches = step.batches(per_step)
             items = step.items_in(batches)
