@@ -42,6 +42,7 @@ def fit_document(result: Recommendation) -> dict[str, Any]:
         "predicted": to_json(proof.prediction) if proof else None,
         "headroom_bytes": headroom_bytes(result),
         "moves": to_json(result.moves),
+        "frontier": [{"sequence_length": row.sequence_length, **to_json(row)} for row in result.frontier],
         "closest": _trial(closest) if (closest := closest_trial(result)) else None,
         "trials": [_trial(trial) for trial in result.trials],
         "probes": {

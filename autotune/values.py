@@ -471,6 +471,21 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierRow:
+    """The fastest config at one sequence length; where nothing fits, the one that needs least."""
+
+    config: TrainingConfig
+    origin: Literal["measured", "predicted"]
+    fits: bool
+    tokens_per_second: float | None = None  # padding counted; None: it does not fit
+    memory_bytes: int | None = None  # in use on the whole device at the peak; CPU: what the limit is compared with
+
+    @property
+    def sequence_length(self) -> int:
+        return self.config.sequence_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recommendation:
     """What a fit hands back."""
 
@@ -486,6 +501,7 @@ class Recommendation:
     probes: int = 0
     out_of_memory: int = 0
     wall_time_s: float = 0.0
+    frontier: tuple[FrontierRow, ...] = ()  # by sequence length, ascending
 
 
 def to_json(value: Any) -> Any:

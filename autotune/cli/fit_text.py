@@ -59,9 +59,12 @@ def print_fit(result: Recommendation, training: dict[str, Any] | None) -> None:
         console.print("Known: answered from the database, nothing was run. --fresh measures again.")
     if result.trials:
         console.print(_trials(result))
+    if result.proof is not None:
+        console.print(_config(result.proof.config, result.moves))
+    if len(result.frontier) > 1:
+        console.print(_frontier(result))
     if result.proof is None:
         return
-    console.print(_config(result.proof.config, result.moves))
     for line in _lines(result, result.proof, training):
         console.print(line, soft_wrap=True)
 
@@ -93,6 +96,27 @@ def _trials(result: Recommendation) -> Table:
             WORDS[trial.judgement.verdict] + (", proven" if proven else ""),
             f"{speed:,.0f}" if speed else "",
             mib(peak_bytes(trial.report)),
+        )
+    return table
+
+
+def _frontier(result: Recommendation) -> Table:
+    table = Table(title="Fastest at each length", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "tokens", "batch", "checkpoints", "settings", "tokens/s", "memory", "how known"):
+        right = name in ("tokens", "tokens/s", "memory")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "settings")
+    for row in result.frontier:
+        config, speed = row.config, row.tokens_per_second
+        proven = result.proof is not None and config == result.proof.config and row.origin == "measured"
+        table.add_row(
+            "➜" if proven else "",
+            f"{row.sequence_length:,}",
+            f"{config.micro_batch_size} × {config.gradient_accumulation_steps}",
+            config.gradient_checkpointing,
+            settings(config),
+            f"{speed:,.0f}" if speed else "",
+            mib(row.memory_bytes),
+            row.origin if row.fits else f"{row.origin} not to fit",
         )
     return table
 

@@ -164,8 +164,15 @@ def _samples(trace: Trace, config: TrainingConfig, kernels: KernelSet) -> list[C
     return out
 
 
-def svg_of_sweep(points: Sequence[tuple[int, float | None, float | None, bool]], *, x_name: str, title: str) -> str:
-    """Memory (GiB) and speed (tokens/s) over x, each on its own scale; hollow where it does not fit."""
+def svg_of_sweep(
+    points: Sequence[tuple[int, float | None, float | None, bool]],
+    *,
+    x_name: str,
+    title: str,
+    hollow: str = "does not fit",
+) -> str:
+    """Memory (GiB) and speed (tokens/s) over x, each on its own scale; a point that is False is hollow: what `hollow`
+    says."""
     drawn = []
     xs = [point[0] for point in points]
     for column, colour, name in ((1, "#4e79a7", "memory in use, GiB"), (2, "#f28e2b", "tokens/s")):
@@ -184,9 +191,9 @@ def svg_of_sweep(points: Sequence[tuple[int, float | None, float | None, bool]],
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
         drawn.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         drawn += [
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{colour}" fill="{colour if fits else "white"}"/>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{colour}" fill="{colour if filled else "white"}"/>'
             f'<text x="{x:.1f}" y="{y - 9:.1f}" text-anchor="middle" fill="{colour}">{value:,.4g}</text>'
-            for x, y, fits, value in places
+            for x, y, filled, value in places
         ]
         drawn.append(f'<text x="{_LEFT + 300 * (column - 1)}" y="{_TOP - 6}" fill="{colour}">{escape(name)}</text>')
     ticks = [
@@ -194,7 +201,7 @@ def svg_of_sweep(points: Sequence[tuple[int, float | None, float | None, bool]],
         f' text-anchor="middle">{x:,}</text>'
         for i, x in enumerate(xs)
     ]
-    return _svg(title, [*drawn, *ticks], f"{x_name}; hollow: does not fit")
+    return _svg(title, [*drawn, *ticks], f"{x_name}; hollow: {hollow}")
 
 
 def _axis(top: float) -> list[str]:
