@@ -1,4 +1,4 @@
-"""How many samples a dataset file holds, and how many optimizer steps and hours a run over it takes."""
+"""What a dataset's files hold: how many samples, each as it stands, and the steps and hours a run over them takes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from autotune.errors import InvalidRequest
 
 _SECONDS_PER_HOUR = 3600
+_ROWS_AT_ONCE = 1024  # of a parquet file
+
+Row = tuple[str, dict[str, Any]]  # where it stands, and what it holds
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +35,31 @@ def describe_dataset(path: Path) -> DatasetFacts:
 
     Raises InvalidRequest, naming the line, for a file that is missing, empty, of another format or broken.
     """
-    try:
-        files = _files(path)
-        suffix = files[0].suffix.lower()
-        if suffix not in _READERS:
-            raise InvalidRequest(f"{path}: cannot read this format; give one of {', '.join(sorted(_READERS))}")
-        samples = sum(_READERS[suffix](file) for file in files)
+    with _readable(path):
+        files, suffix = _dataset_files(path)
+        samples = sum(_count(file, suffix) for file in files)
         size = sum(file.stat().st_size for file in files)
-    except OSError as error:
-        raise InvalidRequest(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     if samples == 0:
         raise InvalidRequest(f"{path}: holds no samples; give a dataset with at least one")
     return DatasetFacts(samples=samples, bytes=size, format=_FORMATS.get(suffix, suffix.removeprefix(".")))
+
+
+def read_batches(path: Path) -> Iterator[Any] | None:
+    """The record batches of arrow or parquet files; None for a format that has none. Raises as above, as they come."""
+    _, suffix = _dataset_files(path)
+    return _all(path, _BATCHES[suffix]) if suffix in _BATCHES else None
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Each sample of the other formats with its place, "data.jsonl, line 3". Raises as above, as they come."""
+    _, suffix = _dataset_files(path)
+    return _all(path, _ROWS[suffix])
+
+
+def _all(path: Path, read: Callable[[Path], Iterator[T]]) -> Iterator[T]:
+    with _readable(path):
+        for file in _dataset_files(path)[0]:
+            yield from read(file)
 
 
 def training_hours(samples: int, epochs: float, effective_batch_size: int, step_time_s: float) -> tuple[int, float]:
@@ -58,6 +76,28 @@ def training_hours(samples: int, epochs: float, effective_batch_size: int, step_
     return steps, steps * step_time_s / _SECONDS_PER_HOUR
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InvalidRequest(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def _dataset_files(path: Path) -> tuple[list[Path], str]:
+    """The files and their format, as the end of their names."""
+    files = _files(path)
+    suffix = files[0].suffix.lower()
+    if suffix not in _ROWS and suffix not in _BATCHES:
+        known = ", ".join(sorted([*_ROWS, *_BATCHES]))
+        raise InvalidRequest(f"{path}: cannot read this format; give one of {known}")
+    return files, suffix
+
+
+def _count(file: Path, suffix: str) -> int:
+    return _COUNTS[suffix](file) if suffix in _COUNTS else sum(1 for _ in _ROWS[suffix](file))
+
+
 def _files(path: Path) -> list[Path]:
     """The file itself, or the .arrow files of a folder that `datasets` saved (its train split where it has splits)."""
     if path.is_file():
@@ -70,70 +110,94 @@ def _files(path: Path) -> list[Path]:
     raise InvalidRequest(f"{path}: is a folder without .arrow files; give one dataset file")
 
 
-def _count_jsonl(path: Path) -> int:
+def _rows_jsonl(path: Path) -> Iterator[Row]:
     """Lines that hold a JSON object; empty lines are passed over."""
-    return sum(1 for number, line in _lines(path) if _is_object(_parse(line, path, number), f"{path}, line {number}"))
+    for number, line in _lines(path):
+        place = f"{path}, line {number}"
+        yield place, _object(_parse(line, path, number), place)
 
 
-def _count_json(path: Path) -> int:
+def _rows_json(path: Path) -> Iterator[Row]:
     """A list of objects, such a list under "data", or JSON lines under the wrong name."""
     text = "\n".join(line for _, line in _lines(path))
     try:
         content = json.loads(text) if text else []
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            return _count_jsonl(path)
+            yield from _rows_jsonl(path)
+            return
         raise InvalidRequest(f"{path}: is not JSON ({error}); correct it") from error
     except RecursionError as error:
         raise InvalidRequest(f"{path}: is nested too deeply to be read") from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise InvalidRequest(f'{path}: must hold a list of objects, or {{"data": [...]}}')
-    return sum(1 for number, row in enumerate(rows, 1) if _is_object(row, f"{path}, item {number}"))
+    for number, row in enumerate(rows, 1):
+        place = f"{path}, item {number}"
+        yield place, _object(row, place)
 
 
-def _count_txt(path: Path) -> int:
-    return sum(1 for _ in _lines(path))
+def _rows_txt(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        yield f"{path}, line {number}", {"text": line}
 
 
-def _count_csv(path: Path) -> int:
+def _rows_csv(path: Path) -> Iterator[Row]:
     """Records below the header: one that spans lines inside quotes is one."""
     limit = csv.field_size_limit(2**31 - 1)  # a sample may be longer than the default of 128 KiB
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = sum(1 for row in csv.reader(file, strict=True) if row)
+            records = (row for row in csv.reader(file, strict=True) if row)
+            header = next(records, [])
+            for number, row in enumerate(records, 1):
+                yield f"{path}, record {number}", dict(zip(header, row, strict=False))
     except csv.Error as error:
         raise InvalidRequest(f"{path}: is not CSV ({error}); correct it") from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{path}: is not UTF-8 text (byte {error.start}); convert it") from error
     finally:
         csv.field_size_limit(limit)
-    return max(0, rows - 1)
 
 
 def _count_parquet(path: Path) -> int:
     """The number in the file's footer."""
-    arrow = _pyarrow(path)
-    try:
+    with _arrow_errors(path, "a parquet file"):
         return int(importlib.import_module("pyarrow.parquet").read_metadata(path).num_rows)
-    except arrow.ArrowException as error:
-        raise InvalidRequest(f"{path}: is not a parquet file ({error})") from error
 
 
 def _count_arrow(path: Path) -> int:
-    """Rows of the record batches of a stream, as `datasets` writes it, or of a file; nothing is copied to memory."""
-    arrow = _pyarrow(path)
-    ipc = importlib.import_module("pyarrow.ipc")
-    try:
+    return sum(batch.num_rows for batch in _batches_arrow(path))
+
+
+def _batches_parquet(path: Path) -> Iterator[Any]:
+    with _arrow_errors(path, "a parquet file"):
+        file = importlib.import_module("pyarrow.parquet").ParquetFile(path)
+        yield from file.iter_batches(batch_size=_ROWS_AT_ONCE)
+
+
+def _batches_arrow(path: Path) -> Iterator[Any]:
+    """Record batches of a stream, as `datasets` writes it, or of a file; nothing is copied to memory."""
+    with _arrow_errors(path, "an arrow file") as arrow:
+        ipc = importlib.import_module("pyarrow.ipc")
         with arrow.memory_map(str(path)) as source:
             try:
-                return sum(batch.num_rows for batch in ipc.open_stream(source))
+                stream = ipc.open_stream(source)
             except arrow.ArrowInvalid:
                 source.seek(0)
                 reader = ipc.open_file(source)
-                return sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
+                yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+            else:
+                yield from stream
+
+
+@contextmanager
+def _arrow_errors(path: Path, kind: str) -> Iterator[Any]:
+    """pyarrow; what it raises is said in a line."""
+    arrow = _pyarrow(path)
+    try:
+        yield arrow
     except arrow.ArrowException as error:
-        raise InvalidRequest(f"{path}: is not an arrow file ({error})") from error
+        raise InvalidRequest(f"{path}: is not {kind} ({error})") from error
 
 
 def _pyarrow(path: Path) -> Any:
@@ -166,19 +230,19 @@ def _parse(line: str, path: Path, number: int) -> Any:
         raise InvalidRequest(f"{path}, line {number}: is nested too deeply to be read") from error
 
 
-def _is_object(row: Any, place: str) -> bool:
+def _object(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InvalidRequest(f"{place}: must be a JSON object, not {type(row).__name__}; correct it")
-    return True
+    return row
 
 
-_READERS: dict[str, Callable[[Path], int]] = {
-    ".jsonl": _count_jsonl,
-    ".ndjson": _count_jsonl,
-    ".json": _count_json,
-    ".txt": _count_txt,
-    ".csv": _count_csv,
-    ".parquet": _count_parquet,
-    ".arrow": _count_arrow,
+_ROWS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _rows_jsonl,
+    ".ndjson": _rows_jsonl,
+    ".json": _rows_json,
+    ".txt": _rows_txt,
+    ".csv": _rows_csv,
 }
+_BATCHES: dict[str, Callable[[Path], Iterator[Any]]] = {".parquet": _batches_parquet, ".arrow": _batches_arrow}
+_COUNTS: dict[str, Callable[[Path], int]] = {".parquet": _count_parquet, ".arrow": _count_arrow}
 _FORMATS = {".ndjson": "jsonl"}

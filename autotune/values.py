@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -271,6 +272,35 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LengthMix:
+    """How long a dataset's samples are, in tokens. Longer ones are truncated at the sequence length that was wanted."""
+
+    quantiles: tuple[float, ...]  # up to 64 slices of equal weight, the shortest first: the mean of each
+    samples: int  # with at least one token
+    longest: int  # after truncation
+    longest_untruncated: int
+    truncated: int  # samples that lose tokens
+    empty: int = 0  # samples without a token: in nothing above
+    counted: Literal["tokens", "tokenizer", "estimate"] = "tokens"  # estimate: UTF-8 bytes ÷ 4
+
+    def __post_init__(self) -> None:
+        rises = all(a <= b for a, b in itertools.pairwise(self.quantiles))
+        if not self.quantiles or len(self.quantiles) > 64 or self.quantiles[0] <= 0 or not rises:
+            raise ValueError(f"quantiles must be 1 to 64 lengths above 0, ascending, not {self.quantiles!r}")
+        if self.samples < 1 or not self.quantiles[-1] <= self.longest <= self.longest_untruncated:
+            raise ValueError(f"longest must be at least {self.quantiles[-1]}, the last quantile, not {self.longest!r}")
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(self.quantiles) / len(self.quantiles)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `longest` is one that a run can meet, and not guessed."""
+        return self.counted != "estimate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FitRequest:
     """What was asked: a start config and how far a fit may go from it. Bytes are of the whole card."""
 
@@ -283,6 +313,9 @@ class FitRequest:
     allow_fewer_modules: bool = False  # consent to fewer target modules
     memory_limit_bytes: int | None = None  # None: the whole card
     isolation: Isolation = Isolation.WARM
+    lengths: LengthMix | None = None  # of the samples trained on; None: every sample is of full length
+    fixed: tuple[tuple[str, Any], ...] = ()  # (field, value): only these of it may be tried; plain JSON data
+    excluded: tuple[tuple[str, Any], ...] = ()  # (field, value) that may not be tried
 
     def __post_init__(self) -> None:
         if self.min_sequence_length is not None and self.min_sequence_length > self.start.sequence_length:
@@ -347,6 +380,7 @@ class ProbeRequest:
     device_used_before_bytes: int | None = None  # on the card before the worker started: other tenants
     beat_s: float | None = None  # of a timed micro batch: a config that is surely slower is cut short (racing)
     timed_lengths: tuple[int, ...] = ()  # tokens that each timed micro batch is padded to, in turn; (): full length
+    tokens_per_sample: float | None = None  # of a row, padding left out; None: rows are full. Only passed on
     seed: int = 0
     limits: ProbeLimits = field(default_factory=ProbeLimits)
 
@@ -369,6 +403,8 @@ class ProbeReport:
 
     phases_s: dict[str, float] = field(default_factory=dict)  # seconds by phase name
     micro_batch_times_s: tuple[float, ...] = ()  # forward and backward, warm-up left out
+    timed_lengths: tuple[int, ...] = ()  # tokens that these were padded to, in turn; (): full length
+    tokens_per_sample: float | None = None  # of a row, padding left out; None: rows were full
     optimizer_times_s: tuple[float, ...] = ()  # clip, step and zero_grad, warm-up left out
     cut_short: bool = False  # it could not beat `ProbeRequest.beat_s` any more
     eval_time_s: float | None = None
@@ -397,12 +433,17 @@ class ProbeReport:
     startup_s: float = 0.0  # of that, what was not training steps
 
     def step_time_s(self, gradient_accumulation_steps: int) -> float | None:
-        """Seconds of one optimizer step: accumulation × median micro batch + median optimizer time."""
-        if not self.micro_batch_times_s or not self.optimizer_times_s:
+        """Seconds of one optimizer step: accumulation × median micro batch + median optimizer time.
+
+        Of several timed lengths, the mean over them of each one's median: they stand for equal shares of the batches.
+        """
+        lengths = max(1, len(self.timed_lengths))
+        whole = self.micro_batch_times_s[: len(self.micro_batch_times_s) // lengths * lengths]  # rounds of all lengths
+        if not whole or not self.optimizer_times_s:
             return None
         import statistics
 
-        micro = statistics.median(self.micro_batch_times_s)
+        micro = statistics.fmean(statistics.median(whole[number::lengths]) for number in range(lengths))
         return gradient_accumulation_steps * micro + statistics.median(self.optimizer_times_s)
 
 
@@ -452,11 +493,17 @@ class TrialRecord:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Padding counted; None unless it fits and was timed."""
+        """Padding counted unless the report says how much of a row is none; None unless it fits and was timed."""
         step = self.report.step_time_s(self.config.gradient_accumulation_steps)
         if self.judgement.verdict is not Verdict.FITS or not step:
             return None
-        return self.config.tokens_per_step / step
+        tokens = self.report.tokens_per_sample or self.config.sequence_length
+        return tokens * self.config.effective_batch_size / step
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether `tokens_per_second` does."""
+        return self.report.tokens_per_sample is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

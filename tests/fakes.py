@@ -145,6 +145,9 @@ class Law:
         speed *= 1.0 if config.loss is LossPath.FULL else self.chunked_loss_speed
         return speed * (self.upcast_speed if config.upcast is Upcast.FP32 else 1.0)
 
+    def micro_batch_s(self, config: TrainingConfig) -> float:
+        return config.micro_batch_size * config.sequence_length / self.speed(config)
+
     def _kept(self, checkpointing: str) -> float:
         if checkpointing == "offload":
             return self.full_checkpointing_keeps / 2
@@ -161,8 +164,20 @@ def observe(law: Law, config: TrainingConfig, limit_bytes: int) -> Observation:
     """What a search sees of a probe of `config` under `law`."""
     peak = law.peak_bytes(config)
     fits = peak <= limit_bytes
-    speed = law.speed(config) if fits else None
-    return Observation(config, fits, not fits, speed, 0.0 if fits else None, peak if fits else None)
+    if not fits:
+        return Observation(config, fits=False, out_of_memory=True, tokens_per_second=None, spread=None, peak_bytes=None)
+    micro_s = law.micro_batch_s(config)
+    return Observation(
+        config=config,
+        fits=True,
+        out_of_memory=False,
+        tokens_per_second=law.speed(config),
+        spread=0.0,
+        peak_bytes=peak,
+        step_time_s=micro_s * config.gradient_accumulation_steps,
+        times_s=(micro_s,) * 6,
+        start_s=0.5,
+    )
 
 
 @dataclass(slots=True)
@@ -222,16 +237,19 @@ class FakeExecutor:
     def _finished(self, request: ProbeRequest) -> ProbeReport:
         config, peak = request.config, self.law.peak_bytes(request.config)
         chance = random.Random(f"{self.seed}|{config}")
-        micro_s = config.micro_batch_size * config.sequence_length / self.law.speed(config)
-        micro_s *= 1 + self.noise * chance.uniform(-1, 1)
-        untimed = (2 if request.device == "cpu" else 1) if request.proof else 0
+        noise = 1 + self.noise * chance.uniform(-1, 1)
+        by_length = [self.law.micro_batch_s(replace(config, sequence_length=n)) * noise for n in _lengths(request)]
+        micro_s = sum(by_length) / len(by_length)
+        untimed = (2 if request.device == "cpu" or request.timed_lengths else 1) if request.proof else 0
         steps = max(1, request.optimizer_steps - untimed)
-        timed, beaten = _timed(micro_s, request)
+        timed, beaten = _timed(by_length, request)
         batches = len(timed) * request.optimizer_steps
         losses = tuple(11.0 - 0.01 * batch for batch in range(batches))
         return ProbeReport(
             phases_s={"build": 0.3, "forward": micro_s * batches},
             micro_batch_times_s=timed * steps,
+            timed_lengths=request.timed_lengths,
+            tokens_per_sample=request.tokens_per_sample,
             optimizer_times_s=(self.law.optimizer_time_s,) * steps,
             cut_short=beaten,
             eval_time_s=micro_s / 3 if request.proof else None,
@@ -276,6 +294,9 @@ class FakePredictor:
 
     def learn(self, trial: TrialRecord) -> None:
         self.learned.append(trial)
+
+    def prepare(self, configs: Iterable[TrainingConfig]) -> None:
+        """There is nothing to make."""
 
     def at_hand(self, config: TrainingConfig) -> bool:
         return self.is_known(config)
@@ -405,15 +426,20 @@ class FakeReader:
         return self.found
 
 
-def _timed(micro_s: float, request: ProbeRequest) -> tuple[tuple[float, ...], bool]:
+def _lengths(request: ProbeRequest) -> tuple[int, ...]:
+    return request.timed_lengths or (request.config.sequence_length,)
+
+
+def _timed(by_length: Sequence[float], request: ProbeRequest) -> tuple[tuple[float, ...], bool]:
     """The micro batches that a worker times to an optimizer step, and whether it stops because they are beaten."""
+    count = len(by_length)
     if request.proof:
-        return (micro_s,) * min(2, request.micro_batches), False
-    times: tuple[float, ...] = (micro_s,)
-    while len(times) < request.micro_batches and not is_enough(times):
-        if is_beaten(times, request.beat_s):
+        return (*by_length,) * (1 if request.timed_lengths else min(2, request.micro_batches)), False
+    times = (*by_length,)
+    while len(times) < request.micro_batches and not is_enough(times, count):
+        if is_beaten(times, request.beat_s, count):
             return times, True
-        times = (*times, micro_s)
+        times = (*times, *by_length)
     return times, False
 
 

@@ -147,6 +147,46 @@ def test_a_proof_takes_two_micro_batches_a_step_and_is_never_cut_short() -> None
     assert (report.cut_short, len(report.losses), len(report.micro_batch_times_s)) == (False, 6, 2)
 
 
+MIXED = a_probe(
+    config=a_config(micro_batch_size=4, sequence_length=512),
+    timed_lengths=(64, 128, 256, 384),
+    tokens_per_sample=200.0,
+)
+
+
+@pytest.mark.slow
+def test_a_mix_is_timed_at_its_lengths_and_shows_the_memory_of_full_length(warm: SubprocessExecutor) -> None:
+    full, mixed = warm.probe(replace(MIXED, timed_lengths=(), tokens_per_sample=None)), warm.probe(MIXED)
+    assert mixed.failure is None
+    assert (mixed.timed_lengths, mixed.tokens_per_sample) == (MIXED.timed_lengths, 200.0)
+    assert len(mixed.micro_batch_times_s) in (4, 8)  # whole rounds
+    assert mixed.micro_batch_times_s[0] < mixed.micro_batch_times_s[3]
+    assert full.peak_allocated_bytes is not None
+    assert mixed.peak_allocated_bytes is not None
+    assert mixed.peak_allocated_bytes >= full.peak_allocated_bytes  # a padded batch has a mask
+    assert (mixed.step_time_s(2) or 0) < (full.step_time_s(2) or 0)
+
+
+@pytest.mark.slow
+def test_a_mix_is_not_cut_short_before_each_length_was_timed(warm: SubprocessExecutor) -> None:
+    report = warm.probe(replace(MIXED, beat_s=1e-6))
+    assert (report.cut_short, len(report.micro_batch_times_s)) == (True, 4)
+    assert report.step_time_s(2) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_probe_and_proof_of_a_mix_agree_on_the_peak(warm: SubprocessExecutor, accumulation: int) -> None:
+    config = replace(MIXED.config, gradient_accumulation_steps=accumulation)
+    probed = warm.probe(replace(MIXED, config=config))
+    proven = warm.probe(replace(MIXED, config=config, proof=True, optimizer_steps=3), fresh=True)
+    assert proven.failure is None
+    assert len(proven.micro_batch_times_s) == 4
+    assert len(proven.optimizer_times_s) == 1
+    assert len(proven.losses) == 4 + 2 * min(2, accumulation)
+    assert probed.peak_allocated_bytes == pytest.approx(proven.peak_allocated_bytes, rel=0.01)
+
+
 @pytest.mark.slow
 def test_model_that_cannot_be_built_is_reported_with_its_class(warm: SubprocessExecutor) -> None:
     request = a_probe(config=a_config(target_modules=("no_such_module",)))

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -84,6 +84,7 @@ class ProbeRun:
         self.channel = channel
         self.device = torch.device(request.device)
         self.facts: dict[str, Any] = {"phases_s": {}, "pid": os.getpid()}
+        self.facts |= {name: getattr(request, name) for name in ("timed_lengths", "tokens_per_sample")}
         self.phase = "start"
         self._phase_began = time.perf_counter()
         self._data_before = data_before
@@ -162,45 +163,77 @@ class ProbeRun:
         if self._tracker:
             self._tracker.see(model_tensors(step.model))
             self._tracker.see(step.optimizer_tensors())
-        warm_up, *batches = step.batches(1 + min(self.request.micro_batches, _BATCHES_HELD))
+        lengths = self._lengths
+        held = lengths if len(lengths) > 1 else lengths * min(self.request.micro_batches, _BATCHES_HELD)
+        warm_up, *batches = self._batches(step, (step.config.sequence_length, *held))
         items = step.items_in([warm_up, *batches])
         self._micro(step, warm_up, items, timed=False)
-        for number in range(self.request.micro_batches):
+        for number in range(math.ceil(self.request.micro_batches / len(lengths)) * len(lengths)):
             if number and self._may_stop():
                 break
-            if self.request.config.gradient_accumulation_steps == 1:
-                step.model.zero_grad()
-            self._micro(step, batches[number % len(batches)], items, timed=True)
+            self._timed(step, batches[number % len(batches)], items)
         self._optimizer(step, timed=True)
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        """What the timed micro batches are padded to, in turn."""
+        return self.request.timed_lengths or (self.request.config.sequence_length,)
+
+    def _batches(self, step: TrainingStep, lengths: Sequence[int]) -> list[Any]:
+        return step.batches_of(lengths, padded=bool(self.request.timed_lengths))
+
+    def _timed(self, step: TrainingStep, batch: Any, items: Any) -> None:
+        if step.config.gradient_accumulation_steps == 1:
+            step.model.zero_grad()
+        self._micro(step, batch, items, timed=True)
 
     def _may_stop(self) -> bool:
         """Whether the micro batches timed so far settle it; notes where it is because they cannot win any more."""
         times = self.facts["micro_batch_times_s"]
-        self.facts["cut_short"] = is_beaten(times, self.request.beat_s)
-        return self.facts["cut_short"] or is_enough(times)
+        self.facts["cut_short"] = is_beaten(times, self.request.beat_s, len(self._lengths))
+        return self.facts["cut_short"] or is_enough(times, len(self._lengths))
 
     def _prove(self, step: TrainingStep, folder: str) -> None:
-        """Steps as a trainer takes them. The first is warm-up; on the CPU the second is watched, not timed."""
-        per_step = min(step.config.gradient_accumulation_steps, self.request.micro_batches, _PROOF_MICRO_BATCHES)
+        """Steps as a trainer takes them. The first is warm-up; on the CPU the second is watched, not timed.
+
+        With lengths of a dataset the last is of full length again: what shorter batches leave behind is in its peak.
+        """
+        mixed, last = bool(self.request.timed_lengths), self.request.optimizer_steps - 1
         for number in range(self.request.optimizer_steps):
-            batches = step.batches(per_step)
-            items = step.items_in(batches)
-            watched = self._tracker is not None and number == 1
-            if watched and self._tracker:
-                self._tracker.see(model_tensors(step.model))
-                self._tracker.see(step.optimizer_tensors())
-            timed = number > (1 if self._tracker else 0)
-            for batch in batches:
-                self._micro(step, batch, items, timed=timed, watched=watched)
-            self._optimizer(step, timed=timed)
+            if mixed and 0 < number < last:
+                self._mixed_step(step)
+                continue
+            watched = self._tracker is not None and number == (last if mixed else 1)
+            timed = not mixed and number > (1 if self._tracker else 0)
+            self._full_step(step, timed=timed, watched=watched)
         self._enter("evaluate")
         began = time.perf_counter()
         with self._tracker or nullcontext():
-            step.evaluate()
+            step.evaluate(padded=mixed)
         self._synchronise()
         self.facts["eval_time_s"] = time.perf_counter() - began
         self._enter("checkpoint")
         step.save(folder)
+
+    def _full_step(self, step: TrainingStep, *, timed: bool, watched: bool) -> None:
+        """An optimizer step of micro batches of full length: two show the memory of more."""
+        count = min(step.config.gradient_accumulation_steps, self.request.micro_batches, _PROOF_MICRO_BATCHES)
+        batches = self._batches(step, (step.config.sequence_length,) * count)
+        items = step.items_in(batches)
+        if watched and self._tracker:
+            self._tracker.see(model_tensors(step.model))
+            self._tracker.see(step.optimizer_tensors())
+        for batch in batches:
+            self._micro(step, batch, items, timed=timed, watched=watched)
+        self._optimizer(step, timed=timed)
+
+    def _mixed_step(self, step: TrainingStep) -> None:
+        """An optimizer step of one timed micro batch of each length."""
+        batches = self._batches(step, self._lengths)
+        items = step.items_in(batches)
+        for batch in batches:
+            self._timed(step, batch, items)
+        self._optimizer(step, timed=True)
 
     def _micro(self, step: TrainingStep, batch: Any, items: Any, *, timed: bool, watched: bool | None = None) -> None:
         watched = not timed if watched is None else watched

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,17 @@ from autotune.workload.loss import IGNORED, Batch, prepare_loss
 MAX_GRAD_NORM = 1.0  # TrainingArguments.max_grad_norm's default
 
 
-def batch_of(tokens: torch.Tensor, *, padding_free: bool) -> Batch:
+def batch_of(tokens: torch.Tensor, *, padding_free: bool, padded: bool = False) -> Batch:
     """(B, T) tokens as a model takes them: input_ids, attention_mask and labels of that shape.
 
     Padding-free: one row of B × T, with positions and boundaries, as transformers' DataCollatorWithFlattening makes it.
+    Padded: the last row of several ends in one token of padding, so that kernels get a mask as padded batches have it.
     """
     if not padding_free:
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens.clone()}
+        mask, labels = torch.ones_like(tokens), tokens.clone()
+        if padded and len(tokens) > 1:
+            mask[-1, -1], labels[-1, -1] = 0, IGNORED
+        return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
     rows, length = tokens.shape
     labels = tokens.clone()
     labels[:, 0] = IGNORED  # no row's last token predicts the next row's first
@@ -40,7 +44,7 @@ def batch_of(tokens: torch.Tensor, *, padding_free: bool) -> Batch:
 
 
 class TrainingStep:
-    """A model ready to train on random tokens of full length, in the way of `config.trainer`.
+    """A model ready to train on random tokens, of full length unless told, in the way of `config.trainer`.
 
     Takes `base` over: `close` gives it back without adapters. Raises what torch raises when memory ends, and
     `UnsupportedModel` for a config that cannot run here. `autocast` stands in for `torch.autocast` where torch has
@@ -92,12 +96,18 @@ class TrainingStep:
 
     def batches(self, count: int, *, micro_batch_size: int | None = None) -> list[Batch]:
         """`count` micro batches of random tokens, all of them learned: see `batch_of`."""
-        size = (micro_batch_size or self.config.micro_batch_size, self.config.sequence_length)
+        return self.batches_of((self.config.sequence_length,) * count, micro_batch_size=micro_batch_size)
+
+    def batches_of(
+        self, lengths: Sequence[int], *, micro_batch_size: int | None = None, padded: bool = False
+    ) -> list[Batch]:
+        """A micro batch of each of these lengths."""
+        rows = micro_batch_size or self.config.micro_batch_size
         generator = torch.Generator(device="cpu").manual_seed(self._seed)
         made = []
-        for _ in range(count):
-            tokens = torch.randint(0, self.vocab_size, size, generator=generator).to(self.device)
-            made.append(batch_of(tokens, padding_free=self.config.is_padding_free))
+        for length in lengths:
+            tokens = torch.randint(0, self.vocab_size, (rows, length), generator=generator).to(self.device)
+            made.append(batch_of(tokens, padding_free=self.config.is_padding_free, padded=padded))
         return made
 
     @staticmethod
@@ -167,10 +177,10 @@ class TrainingStep:
     def optimizer_state_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.optimizer_tensors())
 
-    def evaluate(self) -> float:
+    def evaluate(self, *, padded: bool = False) -> float:
         """One evaluation batch, as `Trainer.prediction_step` with prediction_loss_only; gives its loss."""
         size = self.config.eval_micro_batch_size or self.config.micro_batch_size
-        (batch,) = self.batches(1, micro_batch_size=size)
+        (batch,) = self.batches_of([self.config.sequence_length], micro_batch_size=size, padded=padded)
         self.model.eval()
         try:
             with torch.no_grad(), self._loss_context():
