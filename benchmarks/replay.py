@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -153,16 +153,6 @@ class Recorded:
         if self.best.true_step_time_s is None and seconds <= _slowest_s(self.best):
             return 0.0
         return max(0.0, seconds / seconds_of(self.best) - 1.0)
-
-
-def per_length(landscape: Landscape) -> Iterator[Landscape]:
-    """One landscape for each sequence length that has rows, since a request is of one."""
-    lengths = sorted({row.config.sequence_length for row in landscape.rows})
-    for length in lengths:
-        header, rows = landscape.header, tuple(r for r in landscape.rows if r.config.sequence_length == length)
-        name = header.name if len(lengths) == 1 else f"{header.name} at {length:,} tokens"
-        start = replace(header.start, sequence_length=length)
-        yield Landscape(header=replace(header, name=name, start=start), rows=rows)
 
 
 def _in_words(config: TrainingConfig) -> str:

@@ -220,7 +220,7 @@ def report(results: Sequence[Result]) -> str:
 
 def _table(found: Sequence[Summary]) -> str:
     header = (
-        *("searcher", "landscapes", "probes", "out of memory", "mean", "seconds", "regret", "within 3 %"),
+        *("searcher", "landscapes", "probes", "out of memory", "its mean", "seconds", "regret", "within 3 %"),
         *("returned what runs", "unrun or failing", "what it returned"),
     )
     rows = [
@@ -296,8 +296,9 @@ def _percent(value: float) -> str:
 
 # The plot
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 940, 420, 70, 40, 250
-_MARKS = (0.0, 0.005, 0.03, 0.1, 0.3, 1.0)  # of the axis of regret; above them: nothing ran
+_WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT = 1000, 420, 70, 40, 320
+_LINE = 13  # between words that would cover each other
+_MARKS = (0.0, 0.005, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the axis of regret; above them: nothing ran
 
 
 def svg_of(found: Sequence[Summary]) -> str:
@@ -310,13 +311,18 @@ def svg_of(found: Sequence[Summary]) -> str:
         return _LEFT + wide * (math.log10(max(1.0, value)) - low) / (high - low)
 
     shapes = _grid(across, low, high)
+    taken: list[tuple[float, float]] = []
     for number, one in enumerate(found):
         x, colour = across(one.seconds[0]), "#c00" if one.searcher == OURS else "#4e79a7"
         middle, worst = _up(one.regret[0]), _up(one.regret[1])
+        word = middle
+        while any(abs(x - other) < 2 * _LINE and abs(word - height) < _LINE for other, height in taken):
+            word += _LINE
+        taken.append((x, word))
         shapes.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{middle:.1f}" y2="{worst:.1f}" stroke="{colour}" opacity="0.4"/>'
             f'<circle cx="{x:.1f}" cy="{middle:.1f}" r="6" fill="{colour}"/>'
-            f'<text x="{x + 8:.1f}" y="{middle + 4:.1f}" fill="{colour}">{number + 1}</text>'
+            f'<text x="{x + 8:.1f}" y="{word + 4:.1f}" fill="{colour}">{number + 1}</text>'
             f'<text x="{_WIDTH - _RIGHT + 15}" y="{_TOP + 11 + 22 * number}" fill="{colour}">'
             f"{number + 1} {escape(LABELS[one.searcher])}</text>"
         )

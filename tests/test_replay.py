@@ -13,7 +13,6 @@ from benchmarks.replay import (
     RecordedJudge,
     RecordedPredictor,
     ReplayExecutor,
-    per_length,
     replay_fit,
     seconds_of,
     settings_of,
@@ -185,13 +184,6 @@ def test_regret_is_zero_within_the_best_rows_samples_only_where_the_truth_is_not
     assert simulated.regret(seconds_of(simulated.best) * 1.03) == pytest.approx(0.03)
     assert measured.regret(seconds_of(measured.best) * 1.03) == 0.0
     assert measured.regret(seconds_of(measured.best) * 1.10) == pytest.approx(0.10)
-
-
-def test_each_sequence_length_is_a_landscape_of_its_own() -> None:
-    one, two = per_length(a_landscape(lengths=(256, 512)))
-    assert (one.header.start.sequence_length, two.header.start.sequence_length) == (256, 512)
-    assert one.header.name != two.header.name
-    assert {row.config.sequence_length for row in two.rows} == {512}
 
 
 # Other tools
