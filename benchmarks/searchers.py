@@ -144,13 +144,16 @@ SEEDED = ("tpe", "gp", "random")
 LABELS = {OURS: "autotune", **{name: tool.label for name, tool in TOOLS.items()}, **SAMPLERS}
 
 
-def search(name: str, recorded: Recorded, seed: int) -> Result:
-    """One searcher on one landscape. Raises `NotInLandscape`, where the search asks for what the file lacks."""
+def search(name: str, recorded: Recorded, seed: int, *, cold: bool = False) -> Result:
+    """One searcher on one landscape; `cold`: a sampler starts a process for each config, else it has warm probes.
+
+    Raises `NotInLandscape`, where our search asks for what the file lacks.
+    """
     if name == OURS:
         return _ours(recorded)
     if name in TOOLS:
         return _tool(name, TOOLS[name], recorded)
-    return _sampled(name, recorded, seed)
+    return _sampled(name, recorded, seed, cold)
 
 
 def _result(name: str, recorded: Recorded, seed: int, **found: Any) -> Result:
@@ -261,14 +264,14 @@ def _estimate(recorded: Recorded, settings: TrainingConfig) -> int:
 # Samplers over all settings
 
 
-def _sampled(name: str, recorded: Recorded, seed: int) -> Result:
+def _sampled(name: str, recorded: Recorded, seed: int, cold: bool) -> Result:
     rows = list(recorded.rows.values())
     executor = ReplayExecutor(recorded)
     ran: dict[TrainingConfig, float] = {}
 
     def probe(row: Row) -> float | None:
         """The step time that a probe of this row measures; None where it does not fit."""
-        report = executor.probe(_request(recorded, row.config))
+        report = executor.probe(_request(recorded, row.config), fresh=cold)
         step = _step_s(row, report)
         if step is not None:
             ran[row.config] = step

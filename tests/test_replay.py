@@ -248,6 +248,13 @@ def test_a_sampler_runs_as_many_different_configs_as_it_may_and_the_same_for_a_s
     assert found[0] != replace(found[2], seed=0)
 
 
+def test_a_cold_sampler_finds_the_same_and_pays_a_start_for_each_config() -> None:
+    recorded = Recorded(a_landscape())
+    warm, cold = search("random", recorded, 0), search("random", recorded, 0, cold=True)
+    assert cold.returned == warm.returned
+    assert cold.seconds == pytest.approx(warm.seconds + (TRIALS - 1) * (FRESH_START_S - STARTUP_S))
+
+
 def test_the_gaussian_process_learns_what_fits() -> None:
     pytest.importorskip("scipy", reason="Optuna's GP needs it")
     small = replace(a_landscape(), rows=a_landscape().rows[::4])
