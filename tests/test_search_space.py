@@ -7,8 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autotune.search.space import SearchSpace, build_space, needs_at_least
-from autotune.values import AllocatorSetting, Attention, Device, LossPath, TrainingConfig, Upcast
+from autotune.search.space import SearchSpace, build_space, needs_at_least, with_setting
+from autotune.values import (
+    AllocatorSetting,
+    Attention,
+    Device,
+    LengthMix,
+    LossPath,
+    Quantization,
+    Trainer,
+    TrainingConfig,
+    Upcast,
+)
+from strategies import LADDER
 from tests.fakes import Law, a_cpu, a_gpu, a_model, a_request
 
 FLASH = Attention.FLASH_ATTENTION_2
@@ -89,7 +100,7 @@ def test_flash_attention_is_left_out_with_the_reason(
 
 
 def test_flash_attention_is_an_alternative_where_it_runs() -> None:
-    space = a_space(a_gpu(), ("flash_attn",))
+    space = a_space(a_gpu(), ("flash_attn", "liger_kernel"))
     assert space.settings["attention"] == (Attention.SDPA, FLASH)
     assert space.excluded == ()
 
@@ -174,3 +185,161 @@ def test_memory_order_does_not_guess_between_optimizers() -> None:
     one = TrainingConfig(sequence_length=64, micro_batch_size=2, optimizer="adamw_bnb_8bit")
     other = TrainingConfig(sequence_length=64, micro_batch_size=1, optimizer="adamw_torch_fused")
     assert not needs_at_least(one, other)
+
+
+EVERYTHING = ("flash_attn", "liger_kernel")
+MIX = LengthMix(quantiles=(32.0, 64.0, 128.0, 256.0), samples=400, longest=256, longest_untruncated=256, truncated=0)
+
+
+def values_of(space: SearchSpace, name: str) -> set[Any]:
+    return {getattr(config, name) for config in space.configs()}
+
+
+@pytest.mark.parametrize(
+    ("device", "changes"),
+    [
+        (a_cpu(), {}),
+        (a_gpu(), {}),
+        (a_gpu(), {"allow_near": True, "gradient_accumulation_steps": 12}),
+        (a_gpu(), {"allow_near": True, "lengths": MIX, "upcast": Upcast.FP32, "double_quant": False}),
+        (a_gpu(), {"trainer": Trainer.TRL, "loss": LossPath.CHUNKED, "gradient_checkpointing": "every_5"}),
+        (a_gpu(), {"fixed": (("micro_batch_size", 4), ("loss", "liger")), "excluded": (("upcast", "fp32"),)}),
+    ],
+)
+def test_every_config_of_the_joint_space_is_legal_and_comes_once(device: Device, changes: dict[str, Any]) -> None:
+    space = a_space(device, EVERYTHING, **changes)
+    configs = list(space.configs())
+    assert len(set(configs)) == len(configs) > 0
+    assert [space.legal(config) for config in configs] == [None] * len(configs)
+    assert space.start in configs
+
+
+def test_the_joint_space_of_a_card_is_the_product_of_its_settings() -> None:
+    space = a_space(a_gpu(), EVERYTHING, upcast=Upcast.FP32)
+    assert values_of(space, "micro_batch_size") == {1, 2, 4, 8}
+    assert values_of(space, "gradient_checkpointing") == {"off", "every_2", "every_3", "every_4", "full", "offload"}
+    assert values_of(space, "attention") == {Attention.SDPA, FLASH}
+    assert values_of(space, "loss") == set(LossPath)
+    assert values_of(space, "optimizer") == {"adamw_torch_fused", "paged_adamw_32bit"}
+    assert values_of(space, "upcast") == {Upcast.FP32, Upcast.NONE}
+    assert values_of(space, "allocator") == set(AllocatorSetting)
+    assert len(list(space.configs())) == 4 * 6 * 2 * 3 * 2 * 2 * 2
+
+
+def test_only_exact_moves_are_in_it_unless_near_ones_are_allowed() -> None:
+    changes: dict[str, Any] = {"double_quant": False, "lengths": MIX}
+    exact, near = a_space(a_gpu(), EVERYTHING, **changes), a_space(a_gpu(), EVERYTHING, allow_near=True, **changes)
+    for name, own in (("double_quant", False), ("packing", False)):
+        assert values_of(exact, name) == {own}
+        assert values_of(near, name) == {False, True}
+    assert {config.effective_batch_size for config in exact.configs()} == {8}
+    assert "adamw_bnb_8bit" in values_of(near, "optimizer") - values_of(exact, "optimizer")
+    eight_bit = replace(exact.start, optimizer="adamw_bnb_8bit")
+    assert "needs --allow near" in (exact.legal(eight_bit) or "")
+    assert near.legal(eight_bit) is None
+
+
+def test_nothing_is_quantized_twice_that_is_not_quantized() -> None:
+    space = a_space(a_gpu(), allow_near=True, quantization=Quantization.NONE, double_quant=False)
+    assert values_of(space, "double_quant") == {False}
+
+
+@pytest.mark.parametrize(
+    ("samples", "exact", "near"),
+    [(8, (1, 2, 4, 8), {3: 9, 7: 7}), (16, (1, 2, 4, 8, 16), {3: 15, 5: 15, 6: 18, 7: 14, 9: 18, 14: 14, 15: 15})],
+)
+def test_near_sizes_keep_the_real_batch_within_an_eighth(
+    samples: int, exact: tuple[int, ...], near: dict[int, int]
+) -> None:
+    space = a_space(a_gpu(), allow_near=True, gradient_accumulation_steps=samples)
+    real = {config.micro_batch_size: config.effective_batch_size for config in space.configs()}
+    assert real == dict.fromkeys(exact, samples) | near
+    assert space.micro_batch_sizes == exact  # those that `climb` goes over
+
+
+@given(st.integers(2, 2000))
+def test_near_sizes_of_a_large_batch_are_few(samples: int) -> None:
+    space = a_space(allow_near=True, gradient_accumulation_steps=samples)
+    assert len(space.near_sizes) <= 15 + 8 * max(0, samples.bit_length() - 4)
+    assert all(abs(space.resize(space.start, n).effective_batch_size - samples) <= samples / 8 for n in space.sizes)
+
+
+def test_a_near_batch_with_another_accumulation_than_the_nearest_is_another_batch() -> None:
+    space = a_space(allow_near=True)
+    assert space.legal(replace(space.start, micro_batch_size=3, gradient_accumulation_steps=3)) is None
+    reason = space.legal(replace(space.start, micro_batch_size=5, gradient_accumulation_steps=2))
+    assert reason == "effective_batch_size would be 10, not 8"
+
+
+def test_packed_configs_take_as_many_samples_to_a_step_in_fewer_rows() -> None:
+    space = a_space(a_gpu(), EVERYTHING, allow_near=True, lengths=MIX)
+    packed = [config for config in space.configs() if config.packing]
+    assert {config.effective_batch_size for config in packed if config.attention is Attention.SDPA} < {3, 4, 5}
+    with_another_batch = replace(packed[0], gradient_accumulation_steps=50)
+    assert "another batch" in (space.legal(with_another_batch) or "")
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "left_out", "reason"),
+    [
+        (a_gpu(), {}, "loss=liger", "liger_kernel is not installed"),
+        (a_gpu(), {}, "attention=flash_attention_2", "flash_attn is not installed"),
+        (a_cpu(), {}, "optimizer=paged_adamw_32bit", "no paged memory on Test CPU"),
+        (a_gpu(virtual=True), {}, "optimizer=paged_adamw_32bit", "no paged memory on a virtual GPU"),
+        (a_gpu(virtual=True), {}, "allocator=expandable_segments", "virtual memory calls"),
+        (a_gpu(wsl=True), {}, "allocator=expandable_segments", "WSL2"),
+        (a_cpu(), {}, "allocator=expandable_segments", "does not run on cpu"),
+        (a_gpu(unified_memory=True), {}, "gradient_checkpointing=offload", "in the host's memory already"),
+        (a_cpu(), {"model": a_model(num_hidden_layers=3)}, "gradient_checkpointing=every_3", "the model has 3"),
+        (a_cpu(), {"model": a_model(text_config={"n_layer": 2})}, "gradient_checkpointing=every_2", "the model has 2"),
+        (a_cpu(), {"trainer": Trainer.TRL, "loss": LossPath.CHUNKED}, "loss=full", "trl from 1.15"),
+    ],
+)
+def test_what_cannot_run_is_never_proposed_and_the_reason_is_kept(
+    device: Device, changes: dict[str, Any], left_out: str, reason: str
+) -> None:
+    space = a_space(device, **changes)
+    name, _, value = left_out.partition("=")
+    assert reason in dict(space.excluded)[left_out]
+    assert value not in values_of(space, name)
+    kind = type(getattr(space.start, name))
+    change: dict[str, Any] = {name: kind(value)}
+    assert reason in (space.legal(replace(space.start, **change)) or "")
+
+
+def test_liger_is_left_to_cards_and_to_trainers_that_use_it() -> None:
+    assert LossPath.LIGER not in values_of(a_space(a_cpu(), EVERYTHING), "loss")
+    trl = a_space(a_gpu(), EVERYTHING, trainer=Trainer.TRL, loss=LossPath.CHUNKED)
+    assert values_of(trl, "loss") == {LossPath.CHUNKED}
+
+
+def test_a_request_keeps_a_setting_that_is_proposed_to_nobody() -> None:
+    own: dict[str, Any] = {"attention": Attention.EAGER, "optimizer": "sgd", "gradient_checkpointing": "every_7"}
+    space = a_space(a_cpu(), upcast=Upcast.NORMS, model=a_model(num_hidden_layers=4), **own)
+    assert {name: getattr(space.start, name) for name in own} == own
+    assert values_of(space, "attention") == {Attention.EAGER, Attention.SDPA}
+    assert values_of(space, "upcast") == {Upcast.NORMS, Upcast.NONE}
+    assert Attention.EAGER not in values_of(a_space(), "attention")
+
+
+@pytest.mark.parametrize("name", ["compute_dtype", "lora_dropout", "trainer"])
+def test_what_no_search_changes_is_not_legal_otherwise(name: str) -> None:
+    other: dict[str, Any] = {"compute_dtype": "float16", "lora_dropout": 0.5, "trainer": Trainer.LOOP}
+    space = a_space()
+    assert space.legal(with_setting(space.start, name, other[name])) == f"{name} may not change"
+
+
+def test_fallbacks_give_up_length_then_rank_then_modules_one_upon_the_other() -> None:
+    space = a_space(min_sequence_length=64, min_lora_rank=8, allow_fewer_modules=True)
+    found = space.fallbacks(LADDER)
+    starts = [(one.start.sequence_length, one.start.lora_rank, len(one.start.target_modules)) for one in found]
+    assert starts == [(128, 16, 1), (64, 16, 1), (64, 8, 1), (64, 8, 4)]
+    given_up = [space.given_up(one.start) for one in found]
+    assert sorted(given_up) == given_up
+    for one in found:
+        assert {config.sequence_length for config in one.configs()} == {one.start.sequence_length}
+        assert all(space.legal(config) is None for config in one.configs())
+
+
+def test_without_consent_there_is_no_fallback() -> None:
+    assert a_space(allow_near=True).fallbacks(LADDER) == []
