@@ -62,7 +62,7 @@ def _all(path: Path, read: Callable[[Path], Iterator[T]]) -> Iterator[T]:
             yield from read(file)
 
 
-def training_hours(samples: int, epochs: float, effective_batch_size: int, step_time_s: float) -> tuple[int, float]:
+def training_hours(samples: int, epochs: float, effective_batch_size: float, step_time_s: float) -> tuple[int, float]:
     """Optimizer steps and hours of a run. The last batch of an epoch counts as a step though it is not full.
 
     Steps are counted as `transformers.Trainer` counts them: ceil(epochs × ceil(samples ÷ effective batch)).

@@ -119,6 +119,9 @@ def a_terminal(folder: Path) -> Terminal:
     (folder / "empty.json").write_text("")
     (folder / "empty.jsonl").write_text("")
     (folder / "text.jsonl").write_text("hello\n")
+    (folder / "rows.jsonl").write_text('{"text": "hello"}\n')
+    (folder / "blank.jsonl").write_text('{"text": ""}\n')
+    (folder / "none.jsonl").write_text('{"length": 0}\n')
     (folder / "data.frob").write_text("hello\n")
     (folder / "there.yaml").write_text("kept")
     (folder / "folder").mkdir()
@@ -224,6 +227,12 @@ WRONG: dict[str, tuple[Sequence[str], int, str]] = {
     "a folder as a data set": (["--dataset", "folder"], 1, "give one dataset file"),
     "a data set of another kind": (["--dataset", "data.frob"], 1, "cannot read this format; give one of"),
     "a data set without a name": (["--dataset", ""], 1, "is a folder"),
+    "a tokenizer without a data set": (["--tokenizer", "folder"], 2, "give --dataset too"),
+    "no such tokenizer": (["--dataset", "rows.jsonl", "--tokenizer", "no/such"], 1, "no such tokenizer in the Hugging"),
+    "a tokenizer's folder without one": (["--dataset", "rows.jsonl", "--tokenizer", "folder"], 1, "no tokenizer.json"),
+    "a tokenizer of text": (["--dataset", "rows.jsonl", "--tokenizer", "text.jsonl"], 1, "cannot be read"),
+    "a data set of empty text": (["--dataset", "blank.jsonl"], 1, "not one of its 1 samples holds a token"),
+    "a data set of length 0": (["--dataset", "none.jsonl"], 1, "not one of its 1 samples holds a token"),
     "epochs without end": (["--epochs", "inf"], 2, "above 0"),
     "epochs that are no number": (["--epochs", "nan"], 2, "above 0"),
     "no epoch": (["--epochs", "0"], 2, "above 0"),

@@ -13,16 +13,18 @@ from autotune.cli import estimate_question
 from autotune.cli.learned_here import is_of_card, learned_here, learned_line
 from autotune.hardware.cards import find_card
 from autotune.predict.forecast import Forecast, Target, cpu_target, forecast, target_of_card
+from autotune.predict.kernels import KernelSet
 from autotune.predict.learned import CONTEXT_MARGIN_BYTES, Spread, learn, with_learned
 from autotune.predict.steptime import INTERVAL
 from autotune.predict.store import library_versions
-from autotune.predict.trace import Trace
+from autotune.predict.trace import Trace, WorkSum
 from autotune.probe.dry_run import DryRunner
 from autotune.probe.predictor import FitPredictor
 from autotune.values import (
     GIB,
     MIB,
     Judgement,
+    LengthMix,
     ModelSource,
     Origin,
     Prediction,
@@ -37,7 +39,7 @@ from autotune.verdict.numbers import read_numbers
 from gpu_db.store import open_store
 from tests.fakes import a_model, an_environment
 from tests.test_predict_plot import CONFIG, a_trace
-from tests.test_predict_steptime import optimizer_work
+from tests.test_predict_steptime import optimizer_work, work
 from tests.trial_records import DEVICE, report, trial
 
 CARD = find_card("RTX 3060 12GB").card
@@ -294,14 +296,38 @@ def test_a_cpu_has_no_context_and_learns_memory() -> None:
 class Traced:
     """A dry runner that knows one trace."""
 
+    def __init__(self, *works: WorkSum) -> None:
+        self._trace = a_timed_trace()
+        self._trace.programs["first"][0].works.extend(works)
+
     def forecast(self, source: ModelSource, config: TrainingConfig, target: Target) -> Forecast:
-        return forecast(a_timed_trace(), config, target)
+        return forecast(self._trace, config, target)
+
+    def trace(self, source: ModelSource, config: TrainingConfig, kernels: KernelSet) -> Trace:
+        return self._trace
 
     def close(self) -> None: ...
 
 
 def a_predictor(*history: TrialRecord) -> FitPredictor:
     return FitPredictor(cast(DryRunner, Traced()), a_model(), target_of_card(CARD), GPU, lambda: list(history))
+
+
+def test_with_lengths_of_a_dataset_time_is_of_them_and_memory_of_full_length() -> None:
+    lengths = LengthMix(quantiles=(64.0, 128.0), samples=2, longest=128, longest_untruncated=128, truncated=0)
+    runner = cast(DryRunner, Traced(work("memory", moved=1e6)))  # by token
+    predictor = FitPredictor(runner, a_model(), target_of_card(CARD), GPU, lengths=lengths)
+    mixed, plain = predictor.predict(CONFIG), FitPredictor(runner, a_model(), target_of_card(CARD), GPU).predict(CONFIG)
+    assert mixed is not None
+    assert plain is not None
+    assert mixed.peak_allocated_bytes == plain.peak_allocated_bytes
+    assert mixed.step_time_s
+    assert plain.step_time_s
+    assert mixed.step_time_s < plain.step_time_s
+    assert sum((mixed.seconds_by_kind or {}).values()) == pytest.approx(mixed.step_time_s)
+    packed = predictor.predict(replace(CONFIG, packing=True))
+    assert packed is not None
+    assert packed.step_time_s == plain.step_time_s
 
 
 def test_a_fit_starts_from_what_is_stored_and_goes_on() -> None:

@@ -79,7 +79,14 @@ EPOCHS = Number("a number above 0 and up to a million", lambda number: 0 < numbe
 @click.option("--allow", type=click.Choice(["near"]), help="near: moves that change the mathematics a little, too.")
 @click.option("--min-lora-rank", type=POSITIVE, help="Consent to a lower rank, down to here, if nothing fits.")
 @click.option("--allow-fewer-modules", is_flag=True, help="Consent to adapters on attention only, if nothing fits.")
-@click.option("--dataset", type=click.Path(path_type=Path), help="Count its samples, and say the hours training takes.")
+@click.option(
+    "--dataset",
+    type=click.Path(path_type=Path),
+    help="Prove memory at its longest batch, measure speed at its own lengths, say the hours that training takes.",
+)
+@click.option(
+    "--tokenizer", type=TEXT, help="Of --dataset's text: a folder or a cached id.  [default: a guess by bytes]"
+)
 @click.option(
     "--epochs",
     type=EPOCHS,

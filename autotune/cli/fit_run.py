@@ -19,8 +19,8 @@ from typing import Any
 
 import click
 
+from autotune.cli.fit_dataset import Dataset, dataset_document, read_dataset, with_dataset
 from autotune.cli.words import say
-from autotune.dataset import DatasetFacts, describe_dataset
 from autotune.errors import GpuUnavailable, Interrupted, InvalidRequest, NothingFits, UsageError
 from autotune.fitfile import write_fit
 from autotune.hardware.cpu import card_of_cpu
@@ -91,10 +91,11 @@ def defaults_for(device: Device) -> Defaults:
 
 def run(options: dict[str, Any]) -> None:
     """Fit and print. Raises `AutotuneError`; `NothingFits` after the result is printed."""
-    dataset = describe_dataset(options["dataset"]) if options["dataset"] else None
+    dataset = read_dataset(options["dataset"], options["tokenizer"])
     _check_output(options["output"], force=options["force"])
     device = choose_device(options["gpu"], options["python"])
     request, headroom = build_request(options, device)
+    request = with_dataset(request, dataset)
     with stop_flag() as stopped:  # until here a signal ends the command at once: nothing is measured yet
         result = _fit(request, device, headroom, options, stopped)
     _report(result, dataset, options)
@@ -250,7 +251,13 @@ def _predictor(
     runner = DryRunner(traces, python=options["python"], stop=stopped)
     card = card_of_cpu(device, environment.threads or 1) if device.kind == "cpu" else None
     return FitPredictor(
-        runner, request.model, target, environment, lambda: store.trials(latest=LEARNED_FROM), card=card
+        runner,
+        request.model,
+        target,
+        environment,
+        lambda: store.trials(latest=LEARNED_FROM),
+        card=card,
+        lengths=request.lengths,
     )
 
 
@@ -335,7 +342,7 @@ def _check_output(path: Path | None, *, force: bool) -> None:
         raise InvalidRequest(f"{path} cannot be written ({error.strerror}): give another --output") from error
 
 
-def _report(result: Recommendation, dataset: DatasetFacts | None, options: dict[str, Any]) -> None:
+def _report(result: Recommendation, dataset: Dataset | None, options: dict[str, Any]) -> None:
     """The file where asked, the result to stdout. Raises `NothingFits`."""
     try:
         if options["output"] and result.status is FitStatus.FITTED:
@@ -346,12 +353,14 @@ def _report(result: Recommendation, dataset: DatasetFacts | None, options: dict[
         raise NothingFits(nothing_fits_line(result), closest=closest_trial(result))
 
 
-def _print(result: Recommendation, dataset: DatasetFacts | None, options: dict[str, Any]) -> None:
+def _print(result: Recommendation, dataset: Dataset | None, options: dict[str, Any]) -> None:
     from autotune.cli.fit_text import print_fit, time_of_training
 
-    training = time_of_training(result, dataset, options["epochs"])
+    training = time_of_training(result, dataset.facts if dataset else None, options["epochs"])
     if options["as_json"]:
         document = fit_document(result)
+        if dataset:
+            document["dataset"] = dataset_document(dataset, result.request.lengths)
         if training:
             document["training"] = training
         click.echo(json.dumps(document, indent=2, allow_nan=False))

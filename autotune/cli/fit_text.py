@@ -9,8 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from autotune.cli.fit_dataset import mix_words
 from autotune.cli.words import WORDS, mib, settings
 from autotune.dataset import DatasetFacts, training_hours
+from autotune.mix import samples_per_step
 from autotune.recommendation import headroom_bytes, outlook, peak_bytes
 from autotune.values import Move, Recommendation, TrainingConfig, TrialRecord
 
@@ -38,14 +40,16 @@ _SHOWN = (
 
 
 def time_of_training(result: Recommendation, dataset: DatasetFacts | None, epochs: float) -> dict[str, Any] | None:
-    """What `--dataset` with `--epochs` would take with the proven config, every sample padded to full length."""
+    """What `--dataset` with `--epochs` would take with the proven config: at its lengths, or all of full length."""
     if dataset is None or result.proof is None:
         return None
     config = result.proof.config
     step_time_s = result.proof.report.step_time_s(config.gradient_accumulation_steps)
     if step_time_s is None:
         return None
-    steps, hours = training_hours(dataset.samples, epochs, config.effective_batch_size, step_time_s)
+    mix = result.request.lengths
+    batch = samples_per_step(config, mix) if mix else config.effective_batch_size
+    steps, hours = training_hours(dataset.samples, epochs, batch, step_time_s)
     return {"samples": dataset.samples, "epochs": epochs, "optimizer_steps": steps, "hours": hours}
 
 
@@ -154,12 +158,21 @@ def _lines(result: Recommendation, proof: TrialRecord, training: dict[str, Any] 
     start, config, report = result.request.start, proof.config, proof.report
     speed = f"{proof.tokens_per_second:,.0f}" if proof.tokens_per_second else "?"
     step = report.step_time_s(config.gradient_accumulation_steps)
+    mix = result.request.lengths
+    counted = "padding counted" if proof.counts_padding else "padding NOT counted, at the dataset's own lengths"
     lines = [
         f"Proven in a fresh process on {result.device.name}{' (a rehearsal: no GPU)' if result.rehearsal else ''}:"
-        f" {speed} tokens/s, padding counted; {step:.2f} s an optimizer step.",
+        f" {speed} tokens/s, {counted}; {step:.2f} s an optimizer step.",
         f"Memory: peak {mib(peak_bytes(report))} of {mib(report.limit_bytes)} allowed,"
         f" {mib(headroom_bytes(result))} left; live tensors {mib(report.peak_allocated_bytes)}.",
     ]
+    if mix:
+        lines.append(f"Dataset: {mix_words(mix)}.")
+    if mix and config.packing:
+        lines.append(
+            f"Packed: about {samples_per_step(config, mix):.3g} samples an optimizer step,"
+            f" {start.effective_batch_size} were asked for."
+        )
     if config.sequence_length < start.sequence_length:
         allowed = "--min-sequence-length allowed it" if result.request.min_sequence_length else "none was stated"
         lines.append(
@@ -172,9 +185,11 @@ def _lines(result: Recommendation, proof: TrialRecord, training: dict[str, Any] 
     if beyond:
         lines += [f"Next faster: {beyond.faster}.", f"Longer: {beyond.longer}."]
     if training:
+        lengths = "full length" if proof.counts_padding else "the dataset's lengths"
         lines.append(
             f"Training: {training['samples']:,} samples × {training['epochs']:g} epochs ="
-            f" {training['optimizer_steps']:,} optimizer steps, about {_duration(training['hours'])} at full length."
+            f" {training['optimizer_steps']:,} optimizer steps, about {_duration(training['hours'])}"
+            f" at {lengths}."
         )
     lines += [f"Note: {note}." for note in result.notes]
     lines.append(f"Probes: {result.probes}, out of memory {result.out_of_memory}, {result.wall_time_s:.0f} s in all.")

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from autotune.errors import InvalidRequest
 from autotune.hardware.cards import Card, find_card
+from autotune.mix import timed_lengths
 from autotune.predict.context import context_of_capability
 from autotune.predict.forecast import Forecast, Target, cannot_fit, cpu_target, target_of_card
 from autotune.predict.kernels import kernels_of
@@ -15,7 +16,7 @@ from autotune.predict.learned import learn, with_learned
 from autotune.predict.steptime import forecast_time
 from autotune.predict.trace import NotAlike
 from autotune.probe.dry_run import DryRunner
-from autotune.values import Device, Environment, ModelSource, Prediction, TrainingConfig, TrialRecord
+from autotune.values import Device, Environment, LengthMix, ModelSource, Prediction, TrainingConfig, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ class FitPredictor:
     """Implements the flow's `Predictor`: a config that cannot be traced has no prediction, and is probed.
 
     `target` says the headroom too. `history` gives what is stored of this device; it is asked once, before the first
-    prediction. `card` stands in for the target's, where that has none, in `seconds` alone.
+    prediction. `card` stands in for the target's, where that has none, in `seconds` alone. With `lengths` times are of
+    micro batches as long as theirs; memory is of full length.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class FitPredictor:
         history: Callable[[], Sequence[TrialRecord]] = lambda: (),
         *,
         card: Card | None = None,
+        lengths: LengthMix | None = None,
     ) -> None:
         self._runner, self._source, self._plain = runner, source, target
         self._environment = environment
@@ -43,13 +46,12 @@ class FitPredictor:
         self._trials: list[TrialRecord] | None = None
         self._target = target
         self._card = target.card or card  # of the steps' time
+        self._lengths = lengths
 
     def predict(self, config: TrainingConfig) -> Prediction | None:
         """What is expected, with what was learned. Raises `Interrupted`, `StoreError`."""
         self._known()
-        found = self._forecast(config, self._target)
-        seconds = self.seconds(config) if found else None
-        return replace(found.prediction(), seconds_by_kind=dict(seconds) if seconds else None) if found else None
+        return self._predicted(config, self._target)
 
     def hopeless(self, config: TrainingConfig) -> bool:
         """Whether even the low end of what is expected is above what may be used."""
@@ -62,14 +64,24 @@ class FitPredictor:
         return self._plain.allowed_bytes
 
     def at_hand(self, config: TrainingConfig) -> bool:
-        return self._runner.has(self._source, config, self._plain.kernels)
+        return all(self._runner.has(self._source, one, self._plain.kernels) for one in (config, *self._timed(config)))
 
     def prepare(self, configs: Iterable[TrainingConfig]) -> None:
         """Make the traces of these side by side. Raises `Interrupted`, and `DryRunFailed` where no process starts."""
-        self._runner.prepare(self._source, configs, self._plain.kernels)
+        every = [one for config in configs for one in (config, *self._timed(config))]
+        self._runner.prepare(self._source, every, self._plain.kernels)
 
     def seconds(self, config: TrainingConfig) -> Mapping[str, float] | None:
         """None where the config cannot be traced, or nothing is known of the card. Raises `Interrupted`."""
+        found = [self._seconds(one) for one in self._timed(config) or (config,)]
+        each = [seconds for seconds in found if seconds is not None]
+        if len(each) < len(found):
+            return None
+        kinds = dict.fromkeys(kind for seconds in each for kind in seconds)
+        return {kind: sum(seconds.get(kind, 0.0) for seconds in each) / len(each) for kind in kinds}
+
+    def _seconds(self, config: TrainingConfig) -> Mapping[str, float] | None:
+        """At the config's own length."""
         if self._card is None:
             return None
         try:
@@ -81,9 +93,7 @@ class FitPredictor:
 
     def expect(self, config: TrainingConfig) -> Prediction | None:
         """Raises `Interrupted`."""
-        found = self._forecast(config, self._plain)
-        seconds = self.seconds(config) if found else None
-        return replace(found.prediction(), seconds_by_kind=dict(seconds) if seconds else None) if found else None
+        return self._predicted(config, self._plain)
 
     def learn(self, trial: TrialRecord) -> None:
         """Take a trial of this fit in: the next prediction goes by it too."""
@@ -101,6 +111,23 @@ class FitPredictor:
         self._trials = trials
         learned = learn(trials, self._environment, model_fingerprint=self._source.fingerprint)
         self._target = with_learned(self._plain, learned)
+
+    def _timed(self, config: TrainingConfig) -> tuple[TrainingConfig, ...]:
+        """The config at each length that its micro batches are timed at; (): at its own alone."""
+        lengths = timed_lengths(config, self._lengths) if self._lengths else ()
+        return tuple(replace(config, sequence_length=length) for length in lengths)
+
+    def _predicted(self, config: TrainingConfig, target: Target) -> Prediction | None:
+        found = self._forecast(config, target)
+        if found is None:
+            return None
+        seconds, prediction = self.seconds(config), found.prediction()
+        if self._timed(config) and prediction.step_time_s is not None:
+            full = self._seconds(config)
+            share = sum(seconds.values()) / sum(full.values()) if seconds and full else None
+            step_time_s = prediction.step_time_s * share if share else None
+            prediction = replace(prediction, step_time_s=step_time_s)
+        return replace(prediction, seconds_by_kind=dict(seconds) if seconds else None)
 
     def _forecast(self, config: TrainingConfig, target: Target) -> Forecast | None:
         try:
