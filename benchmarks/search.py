@@ -70,16 +70,25 @@ def about(recorded: Recorded) -> dict[str, Any]:
 # Landscapes and tasks
 
 
-def all_landscapes(files: Sequence[Path], limits: Sequence[int], seed: int) -> Iterator[Landscape]:
-    """Of the files, else all kept here and simulated ones; one for each length and limit. Raises `InvalidRequest`."""
+def all_landscapes(files: Sequence[Path], limits: Sequence[int | None], seed: int) -> Iterator[Landscape]:
+    """Of the files, else all kept here and simulated ones; one for each length and limit (None: as recorded).
+
+    Raises `InvalidRequest`.
+    """
     for landscape in _read(files, seed):
         for one in problems(landscape):
-            if not limits:
-                yield one
             for limit in limits:
-                name = f"{one.header.name} under {format_bytes(limit)}"
-                within = limited(one, limit)
-                yield replace(within, header=replace(within.header, name=name))
+                yield one if limit is None else _under(one, limit)
+
+
+def _under(landscape: Landscape, limit: int) -> Landscape:
+    within = limited(landscape, limit)
+    return replace(within, header=replace(within.header, name=f"{landscape.header.name} under {format_bytes(limit)}"))
+
+
+def limit_of(text: str) -> int | None:
+    """Bytes; None for "card", the limit that the landscape has. Raises `InvalidSize`."""
+    return None if text == "card" else parse_bytes(text)
 
 
 def _read(files: Sequence[Path], seed: int) -> Iterator[Landscape]:
@@ -193,7 +202,13 @@ def _version(package: str) -> str | None:
 @click.command(help=__doc__)
 @click.argument("more", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--landscape", multiple=True, type=click.Path(path_type=Path), help="File to replay; more may follow it.")
-@click.option("--limit", "limits", multiple=True, help="Replay as if under this memory limit, like 12GiB; repeatable.")
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    default=("card",),
+    help="12GiB, …: as if under this limit; card: as recorded; repeatable.",
+)
 @click.option("--searcher", help=f"Only these, with commas between: {', '.join(LABELS)}.")
 @click.option("--seeds", type=Whole(1, 1000), default=3, show_default=True, help="Of the searchers that draw.")
 @click.option("--simulated-seed", type=int, default=0, show_default=True, help="Of the simulated landscapes.")
@@ -226,7 +241,7 @@ def main(
     results: list[Result] = []
     with one_line_errors():
         names = searchers_of(searcher)
-        found = all_landscapes([*landscape, *more], [parse_bytes(limit) for limit in limits], simulated_seed)
+        found = all_landscapes([*landscape, *more], [limit_of(limit) for limit in limits], simulated_seed)
         tasks = tasks_of(found, names, seeds, gp_landscapes, cold=cold)
         for number, (what, some) in enumerate(run_tasks(tasks, jobs), 1):
             click.echo(f"{number}/{len(tasks)} {what['name']}", err=True)
