@@ -73,7 +73,8 @@ def unasked(request: FitRequest, device: Device, name: str, value: Any) -> str:
         return "packing needs the lengths of your samples (--dataset) and --allow near"
     if value in joint(replace(request, allow_near=True), device)[name]:
         return f"{name}={value} changes the mathematics a little: it needs --allow near"
-    return f"{name}={value} is another {name} than the {getattr(request.start, name)} asked for"
+    instead = f", so give --optimizer {value}" if name == "optimizer" else ""
+    return f"{name}={value} is another {name} than the {getattr(request.start, name)} asked for{instead}"
 
 
 def climbed(request: FitRequest, device: Device) -> dict[str, tuple[Any, ...]]:

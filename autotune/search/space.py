@@ -258,6 +258,19 @@ def needs_at_least(config: TrainingConfig, other: TrainingConfig) -> bool:
     return same and all(mine >= theirs for mine, theirs in zip(_memory(config), _memory(other), strict=True))
 
 
+def least_memory(space: SearchSpace) -> tuple[TrainingConfig, ...]:
+    """The config that takes least by the order above, then plainer ones, for where it cannot be predicted."""
+    joint = space.joint
+    least: dict[str, Any] = {name: max(joint[name], key=order.index) for name, order in _MOST_MEMORY_FIRST.items()}
+    least["gradient_checkpointing"] = min(joint["gradient_checkpointing"], key=_kept_layers)
+    least["optimizer"] = next((name for name in joint["optimizer"] if "8bit" in name), joint["optimizer"][0])
+    found = [space.config_at(space.sizes[0], **least)]
+    for name, plain in (("gradient_checkpointing", "full"), ("loss", LossPath.CHUNKED)):
+        if plain in joint[name]:
+            found.append(with_setting(found[-1], name, plain))
+    return tuple(dict.fromkeys(found))
+
+
 def _memory(config: TrainingConfig) -> tuple[int, ...]:
     """One number a setting, rising with the memory it takes. Not comparable between settings."""
     ranks = [-order.index(getattr(config, name)) for name, order in _MOST_MEMORY_FIRST.items()]
