@@ -46,7 +46,7 @@ class ConfigFile:
 
 def read_config(path: Path) -> ConfigFile:
     """Raises `InvalidRequest`: no file, no YAML or JSON, unknown or missing keys, impossible values."""
-    data = _data(path)
+    data = read_keys(path)
     known = [field.name for field in dataclasses.fields(TrainingConfig) if field.name != "world_size"]
     for key in data:
         if key not in known and key != "model":
@@ -69,8 +69,11 @@ def read_config(path: Path) -> ConfigFile:
 # The file
 
 
-def _data(path: Path) -> dict[str, Any]:
-    """Its keys, each with one plain value or a list of such. Nothing larger is ever built."""
+def read_keys(path: Path) -> dict[str, Any]:
+    """A file's keys, each with one plain value or a list of such. Nothing larger is ever built.
+
+    Raises `InvalidRequest`: no file, no YAML or JSON, a key that is there twice, no keys.
+    """
     text = _text(path)
     return _of_json(text, path) if path.suffix.lower() == ".json" else _of_yaml(text, path)
 
@@ -168,20 +171,26 @@ def _no_keys(path: Path) -> InvalidRequest:
 
 
 def _config(data: dict[str, Any], path: Path) -> TrainingConfig:
-    values = {key: value for key, value in data.items() if key != "model" and value is not None}
-    if values.get("gradient_checkpointing") is False:  # YAML reads a bare off as False
-        values["gradient_checkpointing"] = "off"
-    if "quantization" in data and (data["quantization"] is None or data["quantization"] is False):
-        values["quantization"] = "none"
-    for key, value in values.items():
-        if (wanted := _wanted(key, value)) is not None:
-            raise InvalidRequest(f"{path}: {key} must be {wanted}, not {_quoted(value)}")
-    if "target_modules" in values:
-        values["target_modules"] = _names(values["target_modules"])
+    if "quantization" in data and data["quantization"] is None:
+        data = {**data, "quantization": "none"}
+    stated = {key: value for key, value in data.items() if key != "model" and value is not None}
+    try:
+        values = {key: field_value(key, value) for key, value in stated.items()}
+    except ValueError as error:
+        raise InvalidRequest(f"{path}: {error}") from error
     try:
         return from_json(TrainingConfig, values)
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"{path}: {error}") from error
+
+
+def field_value(key: str, value: Any) -> Any:
+    """A value as JSON has it for this field of `TrainingConfig`. Raises ValueError, saying what the field takes."""
+    if value is False:  # YAML reads a bare off as that
+        value = {"gradient_checkpointing": "off", "quantization": "none"}.get(key, value)
+    if (wanted := _wanted(key, value)) is not None:
+        raise ValueError(f"{key} must be {wanted}, not {_quoted(value)}")
+    return _names(value) if key == "target_modules" else value
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}

@@ -25,6 +25,7 @@ from autotune.errors import InvalidRequest
 from autotune.values import Device, Environment, ModelSource, Prediction, TrainingConfig, Verdict, from_json, to_json
 
 SCHEMA = "autotune.landscape/1"
+_START = f'{{"schema": "{SCHEMA}"'.encode()  # of every file that a writer began
 _VERDICTS = (Verdict.FITS, Verdict.DEVICE_OOM, Verdict.SPILL)
 _LONGEST = 60  # characters of a value in a message
 
@@ -84,7 +85,7 @@ def read_begun(path: Path) -> Landscape | None:
 
     None where nothing is there yet.
     """
-    whole = _whole(_bytes_of(path)) if path.exists() else b""
+    whole = _whole(_bytes_of(path), path) if path.exists() else b""
     return _parse(path, whole.splitlines()) if whole else None
 
 
@@ -97,7 +98,7 @@ class LandscapeWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._explained():
-            kept = len(_whole(path.read_bytes())) if path.exists() else 0
+            kept = len(_whole(path.read_bytes(), path)) if path.exists() else 0
             self._file = path.open("ab")
             self._file.truncate(kept)
 
@@ -128,9 +129,10 @@ class LandscapeWriter:
 
 def line_of(value: Header | Row) -> bytes:
     """A header or row as its line of a file. A device's UUID is not written."""
+    data = to_json(value)
     if isinstance(value, Header):
-        value = replace(value, device=replace(value.device, uuid=None))
-    return (json.dumps(to_json(value), allow_nan=False) + "\n").encode()
+        data = {"schema": value.schema, **data, "device": {**data["device"], "uuid": None}}
+    return (json.dumps(data, allow_nan=False) + "\n").encode()
 
 
 # One landscape as others
@@ -198,9 +200,12 @@ def _bytes_of(path: Path) -> bytes:
         ) from error
 
 
-def _whole(data: bytes) -> bytes:
-    """Up to the last line that has its end."""
-    return data[: data.rfind(b"\n") + 1]
+def _whole(data: bytes, path: Path) -> bytes:
+    """Up to the last line that has its end. Raises `InvalidRequest` where that leaves nothing of another file."""
+    whole = data[: data.rfind(b"\n") + 1]
+    if not whole and data[: len(_START)] != _START[: len(data)]:
+        raise InvalidRequest(f"{path} exists and is no landscape: give another file")
+    return whole
 
 
 def _parse(path: Path, lines: list[bytes]) -> Landscape:
@@ -238,8 +243,8 @@ def _row(place: str, line: bytes) -> Row:
             raise InvalidRequest(f"{place}: {name} is missing: a config that fits has at least one time")
         if row.verdict is Verdict.DEVICE_OOM and times:
             raise InvalidRequest(f"{place}: {name} must be empty where the verdict is device_oom")
-        if not all(time > 0 for time in times):
-            raise InvalidRequest(f"{place}: {name} must hold seconds above 0, not {_shown(min(times))}")
+    if not all(time > 0 for time in row.micro_batch_times_s):
+        raise InvalidRequest(f"{place}: micro_batch_times_s must hold seconds above 0")
     return row
 
 

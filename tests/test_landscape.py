@@ -173,7 +173,7 @@ BAD: list[tuple[list[Any], str]] = [
         'line 2: micro_batch_times_s[1] must be a number, not "1"',
     ),
     ([document(HEADER), document(a_row(), micro_batch_times_s=[])], "line 2: micro_batch_times_s is missing"),
-    ([document(HEADER), document(a_row(), optimizer_times_s=[0])], "line 2: optimizer_times_s must hold"),
+    ([document(HEADER), document(a_row(), micro_batch_times_s=[0])], "line 2: micro_batch_times_s must hold"),
     ([document(HEADER), document(OOM, micro_batch_times_s=[1.0])], "line 2: micro_batch_times_s must be empty"),
     (
         [document(HEADER), document(a_row(), startup_s=float("nan"))],
@@ -227,9 +227,20 @@ def test_a_torn_last_line_costs_its_row_alone(tmp_path: Path, kept: int) -> None
 def test_a_torn_header_is_a_landscape_not_begun(tmp_path: Path) -> None:
     path = tmp_path / "l.jsonl"
     assert read_begun(path) is None
-    path.write_bytes(line_of(HEADER)[:-1])
-    assert read_begun(path) is None
+    for cut in (1, 20, len(line_of(HEADER)) - 1):
+        path.write_bytes(line_of(HEADER)[:cut])
+        assert read_begun(path) is None
     assert read_landscape(written(path, HEADER, *LANDSCAPE.rows)) == LANDSCAPE
+
+
+@pytest.mark.parametrize("text", ["notes", '{"a": 1}', '{"schema": "autotune.fit/1"}'])
+def test_another_file_is_not_cut_off(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    for take in (read_begun, LandscapeWriter):
+        with pytest.raises(InvalidRequest, match="no landscape"):
+            take(path)
+    assert path.read_text() == text
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

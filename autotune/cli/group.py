@@ -16,6 +16,7 @@ from autotune.errors import AutotuneError
 #: command → the module that holds it as `command`, and its line in `autotune --help`
 COMMANDS = {
     "fit": "the fastest config that fits, proven by real training steps",
+    "sweep": "measure a whole grid of configs, to replay searches on",
     "estimate": "memory and speed on a card that need not be here, predicted",
     "export": "a fit in a trainer's own words",
     "classify": "what a log says about why a run died",
@@ -88,7 +89,7 @@ def run() -> int:
         return 1
     except OSError as error:  # a full disk behind stdout, no file or process to be had: nothing of ours to explain
         what = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
-        kept = "; what was measured is kept" if sys.argv[1:2] == ["fit"] else ""
+        kept = "; what was measured is kept" if sys.argv[1:2] in (["fit"], ["sweep"]) else ""
         _say_error(f"the system refused ({what}): mend that and try again{kept}")
         return 1
     return code if isinstance(code, int) else 0  # of context.exit(code), as doctor has it
