@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from autotune.errors import InvalidRequest
 from autotune.values import Device, Environment, ModelSource, Prediction, TrainingConfig, Verdict, from_json, to_json
@@ -98,9 +98,13 @@ class LandscapeWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         with self._explained():
-            kept = len(_whole(path.read_bytes(), path)) if path.exists() else 0
             self._file = path.open("ab")
-            self._file.truncate(kept)
+            try:
+                _lock(self._file, path)
+                self._file.truncate(len(_whole(path.read_bytes(), path)))
+            except BaseException:
+                self._file.close()
+                raise
 
     def __enter__(self) -> LandscapeWriter:
         return self
@@ -125,6 +129,18 @@ class LandscapeWriter:
             raise InvalidRequest(
                 f"{self._path} cannot be written ({error.strerror or error}): make room or choose another place"
             ) from error
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Until it is closed; where a system or its disk has no locks, none. Raises `InvalidRequest`."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InvalidRequest(f"{path} is being written by another process: wait for it, or end it") from error
+    except (ImportError, OSError):
+        pass
 
 
 def line_of(value: Header | Row) -> bytes:

@@ -50,6 +50,22 @@ def test_a_sampler_goes_on_from_it(tmp_path: Path, landscape: Landscape) -> None
     assert set(trial.params) == set(study.trials[0].params)
 
 
+def test_a_study_in_memory_is_written_as_it_is(tmp_path: Path) -> None:
+    sampler = optuna.samplers.TPESampler(seed=0, constraints_func=lambda trial: (trial.user_attrs["over"],))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for number, state in enumerate([optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]):
+        trial = study.ask({"micro_batch_size": optuna.distributions.IntDistribution(1, 8)})
+        trial.set_user_attr("over", float(number))
+        trial.report(10.0, step=0)
+        study.tell(trial, 10.0 if state is optuna.trial.TrialState.COMPLETE else None, state=state)
+    write_study(tmp_path / "study.db", "a fit", study.trials)
+    loaded = load(tmp_path / "study.db", "a fit").trials
+    assert [(t.state, t.params, t.user_attrs) for t in loaded] == [
+        (t.state, t.params, t.user_attrs) for t in study.trials
+    ]
+    assert [list(t.system_attrs["constraints"]) for t in loaded] == [[0.0], [1.0]]
+
+
 def test_a_study_of_that_name_is_replaced_and_others_stay(tmp_path: Path, landscape: Landscape) -> None:
     path = tmp_path / "study.db"
     few = replace(landscape, rows=landscape.rows[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,17 @@ def test_another_file_is_not_cut_off(tmp_path: Path, text: str) -> None:
         with pytest.raises(InvalidRequest, match="no landscape"):
             take(path)
     assert path.read_text() == text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "l.jsonl"
+    with LandscapeWriter(path) as file:
+        file.append(HEADER)
+        with pytest.raises(InvalidRequest, match="written by another process"):
+            LandscapeWriter(path)
+        file.append(OOM)
+    assert len(read_landscape(written(path, a_row())).rows) == 2
 
 
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from autotune.cli.fit_run import (
     watcher,
 )
 from autotune.cli.sweep_progress import SweepProgress
-from autotune.cli.words import describe
+from autotune.cli.words import describe, say
 from autotune.errors import InvalidRequest
 from autotune.grid import Grid, Plan, parse_grid, plan_of_grid, plan_of_space, read_grid
 from autotune.hardware.environment import read_environment
@@ -230,7 +230,8 @@ def _seams(
         if not options["no_prediction"]:
             predictor = _predictor(request, device, asked.headroom_bytes, options, stopped, environment, store)
         try:
-            if predictor:
+            if predictor and not all(map(predictor.at_hand, asked.plan.configs)):
+                say("Predicting these configs before the first is measured.")
                 predictor.prepare(asked.plan.configs)
                 predictor.close()  # its processes hold memory that the probes may need
             yield Seams(
