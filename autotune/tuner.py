@@ -78,6 +78,9 @@ def request_id(request: FitRequest, headroom_bytes: int) -> str:
     """Sixteen hex digits of all that changes the answer: two requests with the same are answered alike."""
     asked = {**to_json(request), "model": request.model.fingerprint, "headroom_bytes": headroom_bytes}
     del asked["isolation"]
+    for name in ("lengths", "fixed", "excluded"):  # younger than the first stored requests, whose ids stay
+        if not asked[name]:
+            del asked[name]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,19 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autotune.configfile import field_value
 from autotune.errors import InvalidRequest, UsageError
 from autotune.search.dimensions import SEARCHED, samples_of_one_gpu, unasked
-from autotune.values import AllocatorSetting, Attention, Device, FitRequest, LossPath, TrainingConfig, Upcast
+from autotune.values import Device, FitRequest
 
 Pairs = tuple[tuple[str, Any], ...]  # (field of TrainingConfig, value as plain JSON data)
 
-_LARGEST = 2**20  # micro batch size, as --effective-batch-size has it
-_CHOICES: dict[str, type[Attention] | type[LossPath] | type[Upcast] | type[AllocatorSetting]] = {
-    "attention": Attention,
-    "loss": LossPath,
-    "upcast": Upcast,
-    "allocator": AllocatorSetting,
-}
 _FLAGS = {"true": True, "false": False}
 #: Fields of TrainingConfig that something else decides.
 _ELSEWHERE = {
@@ -44,58 +38,41 @@ class Narrowing:
     excluded: Pairs = ()
 
 
-def read_narrowing(fix: Iterable[str], exclude: Iterable[str], space: Any = None) -> Narrowing:
-    """From the texts of --fix and --exclude and the data of a --space file (None: there is none).
+def read_narrowing(fix: Iterable[str], exclude: Iterable[str], space: Mapping[str, Any]) -> Narrowing:
+    """From the texts of --fix and --exclude and the keys of a --space file.
 
-    Raises `UsageError` for what contradicts itself on the command line, `InvalidRequest` for a wrong file.
+    Raises `UsageError` for a wrong option and for what contradicts itself, `InvalidRequest` for a wrong file.
     """
-    fixed = [_pair(text, "--fix") for text in fix]
-    excluded = [_pair(text, "--exclude") for text in exclude]
-    _check_once(fixed)
-    from_file = read_space(space) if space is not None else Narrowing()
-    narrowing = Narrowing(
-        fixed=tuple(dict.fromkeys([*fixed, *from_file.fixed])),
-        excluded=tuple(dict.fromkeys([*excluded, *from_file.excluded])),
-    )
-    _check_agree(fixed, from_file.fixed)
-    _check_something_left(narrowing)
-    return _only_stated(narrowing, fixed)
+    stated = [_pair(text, "--fix") for text in fix]
+    _check_once(stated)
+    try:
+        of_file = _read_space(space)
+    except UsageError as error:
+        raise InvalidRequest(str(error)) from error
+    _check_agree(stated, of_file.fixed)
+    fields = dict(stated)
+    fixed = [*stated, *(pair for pair in of_file.fixed if pair[0] not in fields)]
+    excluded = [*(_pair(text, "--exclude") for text in exclude), *of_file.excluded]
+    _check_something_left(fixed, excluded)
+    return Narrowing(fixed=_sorted(fixed), excluded=_sorted(excluded))
 
 
-def read_space(data: Any) -> Narrowing:
-    """A --space file: `fix:` and `exclude:` of fields, or a field with the values it may have.
-
-    Raises `InvalidRequest`.
-    """
-    if not isinstance(data, Mapping):
-        raise InvalidRequest("--space: the file holds no fields: write lines such as attention: [sdpa, eager]")
-    fixed: list[tuple[str, Any]] = []
-    excluded: list[tuple[str, Any]] = []
+def _read_space(data: Mapping[str, Any]) -> Narrowing:
+    """`fix` and `exclude` with lists of "field=value", and fields with the values that they may have."""
+    lists: dict[str, list[tuple[str, Any]]] = {"fix": [], "exclude": []}
     for name, values in data.items():
-        try:
-            if name in ("fix", "exclude"):
-                (fixed if name == "fix" else excluded).extend(_section(values, name))
-            else:
-                fixed.extend(_values(str(name), values, "--space"))
-        except UsageError as error:
-            raise InvalidRequest(str(error)) from error
-    return Narrowing(fixed=tuple(dict.fromkeys(fixed)), excluded=tuple(dict.fromkeys(excluded)))
+        each = values if isinstance(values, list) else [values]
+        if name in lists:
+            lists[name] += [_pair(str(text), f"--space, {name}") for text in each]
+        else:
+            lists["fix"] += _values(name, each, "--space")
+    return Narrowing(fixed=tuple(lists["fix"]), excluded=tuple(lists["exclude"]))
 
 
-def _section(values: Any, name: str) -> Iterable[tuple[str, Any]]:
-    """`fix:` or `exclude:` as fields with values, or as a list of "field=value"."""
-    if isinstance(values, Mapping):
-        return [pair for field, each in values.items() for pair in _values(str(field), each, "--space")]
-    if isinstance(values, list) and all(isinstance(one, str) for one in values):
-        return [_pair(one, "--space") for one in values]
-    raise UsageError(f"--space: {name} holds no fields: write lines such as attention: sdpa below it")
-
-
-def _values(field: str, values: Any, option: str) -> list[tuple[str, Any]]:
-    each = values if isinstance(values, list) else [values]
-    if not each:
+def _values(field: str, values: list[Any], option: str) -> list[tuple[str, Any]]:
+    if not values:
         raise UsageError(f"{option}: {field} has no values: name at least one, or leave the field out")
-    return [(field, _value(field, one, option)) for one in each]
+    return [(field, _value(field, one, option)) for one in values]
 
 
 def _pair(text: str, option: str) -> tuple[str, Any]:
@@ -103,7 +80,7 @@ def _pair(text: str, option: str) -> tuple[str, Any]:
     if not equals or not field or not value:
         raise UsageError(f"{option} {text[:80]}: give a field and a value, such as attention=sdpa")
     field = field.replace("-", "_")
-    return field, _value(field, value, option)
+    return field, _value(field, _plain(value), option)
 
 
 def _value(field: str, value: Any, option: str) -> Any:
@@ -114,46 +91,15 @@ def _value(field: str, value: Any, option: str) -> Any:
         near = difflib.get_close_matches(field[:80], SEARCHED, n=1)
         which = f"did you mean {near[0]}?" if near else f"fields are {', '.join(SEARCHED)}"
         raise UsageError(f"{option}: {field[:80]!r} is no field of a search; {which}")
-    found = _parsed(field, value)
-    if found is None:
-        raise UsageError(f"{option}: {field} cannot be {str(value)[:80]}: give {_legal(field)}")
-    return found
-
-
-def _parsed(field: str, value: Any) -> Any:
-    """None where the field cannot have it. YAML reads off, true and 4 as what they look like."""
-    if field == "micro_batch_size":
-        text = "" if isinstance(value, bool) else str(value)
-        return int(text) if re.fullmatch("[0-9]{1,7}", text) and 0 < int(text) <= _LARGEST else None
-    if field in ("double_quant", "packing"):
-        return _FLAGS.get(str(value).lower())
-    if field == "gradient_checkpointing" and value is False:
-        return "off"
-    if not isinstance(value, str):
-        return None
-    if field == "gradient_checkpointing":
-        return value if _is_checkpointing(value) else None
-    if field in _CHOICES:
-        return value if value in list(_CHOICES[field]) else None
-    return value
-
-
-def _is_checkpointing(value: str) -> bool:
     try:
-        TrainingConfig(sequence_length=1, micro_batch_size=1, gradient_checkpointing=value)
-    except ValueError:
-        return False
-    return True
+        return field_value(field, value)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
 
 
-def _legal(field: str) -> str:
-    if field in _CHOICES:
-        return f"one of {', '.join(_CHOICES[field])}"
-    return {
-        "micro_batch_size": "a whole number, 1 or more",
-        "gradient_checkpointing": "off, full, offload or every_N, such as every_2",
-        "optimizer": "one of transformers' names",
-    }.get(field, "true or false")
+def _plain(text: str) -> Any:
+    """A value of the command line as YAML would read it; off stays text."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else _FLAGS.get(text.lower(), text)
 
 
 def _check_once(fixed: Sequence[tuple[str, Any]]) -> None:
@@ -177,23 +123,17 @@ def _check_agree(fixed: Sequence[tuple[str, Any]], from_file: Pairs) -> None:
             )
 
 
-def _only_stated(narrowing: Narrowing, fixed: Sequence[tuple[str, Any]]) -> Narrowing:
-    """Of a field that --fix names only that value; in an order that does not depend on how it was given."""
-    stated = dict(fixed)
-    pairs = [pair for pair in narrowing.fixed if stated.get(pair[0], pair[1]) == pair[1]]
-    return Narrowing(fixed=_sorted(pairs), excluded=_sorted(narrowing.excluded))
-
-
-def _check_something_left(narrowing: Narrowing) -> None:
+def _check_something_left(fixed: Sequence[tuple[str, Any]], excluded: Sequence[tuple[str, Any]]) -> None:
     """A field whose every fixed value is excluded."""
-    for field in dict(narrowing.fixed):
-        values = [value for name, value in narrowing.fixed if name == field]
-        if all((field, value) in narrowing.excluded for value in values):
+    for field in dict(fixed):
+        values = [value for name, value in fixed if name == field]
+        if all((field, value) in excluded for value in values):
             raise UsageError(f"{field}={_list(values)} is fixed and excluded: leave one of the two out")
 
 
 def _sorted(pairs: Iterable[tuple[str, Any]]) -> Pairs:
-    return tuple(sorted(pairs, key=lambda pair: (pair[0], str(pair[1]).rjust(8))))
+    """Each once, in an order that does not depend on how they were given: equal requests are answered alike."""
+    return tuple(sorted(dict.fromkeys(pairs), key=lambda pair: (pair[0], str(pair[1]).rjust(20))))
 
 
 def _shown(value: Any) -> str:
@@ -247,13 +187,12 @@ def check_sizes_left(request: FitRequest, left: Sequence[int], exact: Sequence[i
     fixed = _fixed_values(request, name)
     if not fixed:
         raise InvalidRequest(f"nothing is left to try: every {name} is excluded: leave one of {_few(exact)} in")
-    if any(size in near for size in fixed) and not request.allow_near:
-        near_too = f", or --allow near: {_list(fixed)} then takes nearly as many samples"
-    else:
-        near_too = ""
+    known = sorted([*exact, *near]) if request.allow_near else exact
+    nearly = [size for size in fixed if size in near]
+    offer = f", or --allow near: {_list(nearly)} then takes nearly as many samples" if nearly else ""
     raise InvalidRequest(
         f"nothing is left to try: {name} is fixed to {_list(fixed)}, which does not divide the {samples} samples of an"
-        f" optimizer step: give one of {_few(exact)}{near_too}"
+        f" optimizer step{' nearly' * request.allow_near}: give one of {_few(known)}{offer}"
     )
 
 
