@@ -15,12 +15,15 @@ from typing import Any
 import optuna
 import pytest
 
-from autotune.cli.sweep_run import check_same
+from autotune.cli import fit, sweep
+from autotune.cli.fit_run import build_request
+from autotune.cli.sweep_run import check_same, request_of
 from autotune.errors import InvalidRequest
 from autotune.hardware.cpu import read_cpu
 from autotune.landscape import Header, LandscapeWriter, Row, read_begun, read_landscape
 from autotune.values import MIB, Device, Environment, Origin, Verdict
 from benchmarks.kill_fit import RunningFit, stored, tiny_model
+from tests.fakes import a_cpu
 from tests.test_cli_fit_bad_input import PROGRAM, Ended, Terminal
 from tests.test_cli_fit_bad_input import terminal as terminal
 from tests.test_landscape import HEADER, a_row
@@ -111,6 +114,18 @@ def test_the_same_command_goes_on_where_a_sweep_was_stopped(tmp_path: Path, numb
     finished = read_landscape(tmp_path / "l.jsonl").rows
     assert finished[: len(kept)] == kept
     assert len({row.config for row in finished}) == len(finished) == 4
+
+
+def test_a_sweep_asks_what_a_fit_with_its_options_asks() -> None:
+    shared = ["--gpu", "cpu", "--sequence-length", "128", "--memory-limit", "1GiB", "--trainer", "trl"]
+    asked = sweep.command.make_context("sweep", [*shared, "--output", "l.jsonl"]).params
+    assert request_of(asked, {}, a_cpu()) == build_request(fit.command.make_context("fit", shared).params, a_cpu())
+
+
+def test_the_grids_longest_length_is_wanted_where_none_is_stated() -> None:
+    asked = sweep.command.make_context("sweep", ["--output", "l.jsonl"]).params
+    request, _ = request_of(asked, {"sequence_length": (128, 64)}, a_cpu())
+    assert (request.start.sequence_length, request.sequence_length_stated) == (128, True)
 
 
 def at_work(terminal: Terminal, *arguments: str) -> Ended:

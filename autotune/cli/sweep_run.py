@@ -73,7 +73,7 @@ def run(options: dict[str, Any]) -> None:
     if options["study_file"]:
         check_storage(options["study_file"])
     device = choose_device(options["gpu"], options["python"])
-    request, headroom = build_request({**_fit_defaults(), **options, **_longest(options, grid)}, device)
+    request, headroom = request_of(options, grid, device)
     for length in grid.get("sequence_length", ()):
         check_sequence_length(request.model, length)
     installed = optional_packages(options["python"])
@@ -105,14 +105,12 @@ def _begun(path: Path) -> Landscape | None:
     return read_begun(path)
 
 
-def _fit_defaults() -> dict[str, Any]:
-    """Of a fit's options, for those that a sweep does not have."""
-    return dict(fit.command.make_context("fit", []).params)
-
-
-def _longest(options: dict[str, Any], grid: Grid) -> dict[str, Any]:
-    """The length that is wanted: as stated, else the longest of the grid."""
-    return {"sequence_length": options["sequence_length"] or max(grid.get("sequence_length", ()), default=None)}
+def request_of(options: dict[str, Any], grid: Grid, device: Device) -> tuple[FitRequest, int]:
+    """What a fit with these options would ask, and the headroom in bytes; the grid's longest length where none is
+    stated. Raises as `build_request` does."""
+    length = options["sequence_length"] or max(grid.get("sequence_length", ()), default=None)
+    defaults = fit.command.make_context("fit", []).params  # of options that a sweep does not have
+    return build_request({**defaults, **options, "sequence_length": length}, device)
 
 
 def _sweep(asked: Asked, begun: Landscape | None, stopped: Callable[[], bool]) -> Result:
