@@ -60,6 +60,10 @@ class Predictor(Protocol):
         """What `Prediction.device_used_bytes` may reach; None: not known."""
         ...
 
+    def prepare(self, configs: Iterable[TrainingConfig]) -> None:
+        """Make the dry runs of these, side by side, so that what is asked next is at hand."""
+        ...
+
     def at_hand(self, config: TrainingConfig) -> bool:
         """Whether `seconds` and `expect` answer without a dry run."""
         ...

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import signal
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from autotune.errors import Interrupted, ProbeFailed
+from autotune.errors import Interrupted, InvalidRequest, ProbeFailed
+from autotune.mix import packed_line, packed_to_try, tokens_per_row, with_mix
+from autotune.predict.learned import SEGMENT_BYTES
 from autotune.protocols import Predictor, ProbeExecutor, TrialStore
-from autotune.search.climb import Observation, Proposal
+from autotune.search.belief import noise_of
+from autotune.search.climb import Observation, Outcome, Proposal, climb, conclude
+from autotune.search.seek import Earlier, seek
 from autotune.search.space import SearchSpace, build_space
 from autotune.search.study import Search
 from autotune.values import (
@@ -36,8 +41,11 @@ from autotune.values import (
 )
 from strategies import MemoryMove
 
+LEAST_PROBE_S = 3.0  # a fresh process, its libraries imported, before any step
+EARLIER = 60  # trials of other requests that a search learns from, the newest
 PROOF_STEPS = 3  # optimizer steps: one to warm up; Adam's state is there in every later one
 DISAGREEMENT = 1.3  # proof's speed ÷ probe's, either way, that is worth a warning
+MOST_PROVEN = 2  # proofs that hold, where the first puts another config ahead
 MAX_PROOFS = 4  # configs taken to a fresh worker before a fit gives up
 _OUT_OF_MEMORY = (Verdict.DEVICE_OOM, Verdict.SPILL)
 _RETRIED = (Verdict.AMBIGUOUS, Verdict.TIMEOUT, Verdict.DEVICE_LOST)
@@ -59,6 +67,15 @@ class Judge(Protocol):
     def begin(self) -> None: ...
 
     def judge(self, report: ProbeReport, request: ProbeRequest) -> Judgement: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far a search goes."""
+
+    tolerance: float
+    max_probes: int
+    budget_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,18 +111,22 @@ def fit(
     headroom_bytes: int = 0,
     fresh: bool = False,
     max_probes: int = 24,
+    tolerance: float = 0.01,
+    budget_s: float | None = None,
 ) -> Recommendation:
     """The fastest config that fits, proven in a fresh worker; from the store where it is known already.
 
-    `fresh` measures again, whatever the store holds. Raises `ProbeFailed` for a probe that dies of anything but
-    memory, `Interrupted` when stopped (every finished trial is stored), `StoreError`.
+    `fresh` measures again, whatever the store holds. The search ends where no probe is expected to gain more than
+    `tolerance` (a fraction of speed), after `max_probes`, or where another would not leave `budget_s` time for the
+    proof. Raises `ProbeFailed` for a probe that dies of anything but memory, `Interrupted` when stopped (every
+    finished trial is stored), `InvalidRequest` for a budget that one probe exceeds, `StoreError`.
     """
     run = _Fit(request, device, seams, ladder, headroom_bytes)
     if not fresh:
         known = run.known_answer()
         if known is not None:
             return known
-    return run.search(installed, max_probes, recorded={} if fresh else run.recorded())
+    return run.search(Bounds(tolerance, max_probes, budget_s), installed, fresh=fresh)
 
 
 class _Fit:
@@ -123,6 +144,8 @@ class _Fit:
         self.trials: list[TrialRecord] = []
         self.probes = 0
         self.skipped: dict[TrainingConfig, Prediction] = {}
+        self._of_device: list[TrialRecord] | None = None
+        self.seeks = False  # with a search that knows what is predicted
         self.believes = True  # in predictions; not any more once one that was told not to fit did
 
     def known_answer(self) -> Recommendation | None:
@@ -151,37 +174,161 @@ class _Fit:
         usable = {Origin.PROBE: (Verdict.FITS, *_OUT_OF_MEMORY), Origin.PROOF: _OUT_OF_MEMORY}
         known = [trial for trial in same if trial.judgement.verdict in usable.get(trial.origin, ())]
         self.trials = [*known, *self.trials]
-        return {trial.config: observe(trial) for trial in known if trial.origin is Origin.PROBE}
+        return {trial.config: self.observe(trial) for trial in known if trial.origin is Origin.PROBE}
 
-    def search(
-        self, installed: Collection[str], max_probes: int, recorded: Mapping[TrainingConfig, Observation]
-    ) -> Recommendation:
+    def search(self, bounds: Bounds, installed: Collection[str], *, fresh: bool) -> Recommendation:
+        self.check_budget(bounds)
         space = build_space(self.request, self.device, installed=installed)
-        search = Search(space, self.ladder, self.request, self.device, recorded, max_probes=max_probes)
+        recorded = {} if fresh else self.recorded()
+        predictor = self.seams.predictor
+        outcome = self.seek(space, predictor, bounds, recorded, fresh=fresh) if predictor else None
+        if outcome is None:
+            outcome = self.climb(space, bounds, recorded)
+        notes = [*left_out(space), *self.skipped_line(outcome), outcome.stopped]
+        if outcome.ties:
+            notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
+        proven: list[TrialRecord] = []
+        for candidate in self.provable(outcome.ranked):
+            proof = self.proof_of(candidate.config)
+            if proof.judgement.verdict is not Verdict.FITS:
+                notes.append(f"a faster config fitted as a probe and failed its proof ({proof.judgement.verdict})")
+                continue
+            proven.append(proof)
+            notes += slower_than_probed(proof, candidate)
+            if len(proven) == MOST_PROVEN or not is_overtaken(proof, outcome, bounds.tolerance):
+                break
+        best = max(proven, key=lambda trial: trial.tokens_per_second or 0.0, default=None)
+        if len(proven) > 1:
+            notes.append("the first proof was slower than its probe: the next config was proven too, the faster kept")
+        if best is not None and self.request.lengths and (packed := packed_to_try(self.request, best.config)):
+            tried = self.measure(packed, "the answer with packed rows, to compare")
+            notes.append(packed_line(best, tried, self.request.lengths))
+        return self.recommend(best, notes=tuple(notes), from_database=self.probes == 0)
+
+    def seek(
+        self,
+        space: SearchSpace,
+        predictor: Predictor,
+        bounds: Bounds,
+        recorded: Mapping[TrainingConfig, Observation],
+        *,
+        fresh: bool,
+    ) -> Outcome | None:
+        """What a search with predictions finds; None where nothing can be predicted."""
+        known = [] if fresh else [*recorded.values(), *self.valid_here(predictor, space, recorded)]
+        steps = seek(
+            [space, *space.fallbacks(self.ladder)],
+            predictor,
+            self.device,
+            known=known,
+            earlier=() if fresh else self.earlier(predictor),
+            tolerance=bounds.tolerance,
+            max_probes=bounds.max_probes,
+        )
+        search = Search(space, steps, known=known, allowed_bytes=predictor.allowed_bytes)
+        self.seeks = True
+        outcome = self.drive(search, bounds)
+        self.seeks = outcome is not None
+        return outcome
+
+    def climb(self, space: SearchSpace, bounds: Bounds, recorded: Mapping[TrainingConfig, Observation]) -> Outcome:
+        """What a search without predictions of speed finds; what is predicted not to fit is skipped."""
+        while True:
+            steps = climb(space, self.ladder, self.request, self.device, 2 * bounds.tolerance, bounds.max_probes)
+            outcome = self.drive(Search(space, steps, recorded), bounds)
+            if outcome is None or outcome.ranked or not self.skipped or self.trials or not self.closest_skipped_fits():
+                return outcome or conclude(space, (), "nothing could be tried")
+            self.believes, self.skipped = False, {}
+            recorded = {**recorded, **self.recorded_now()}
+
+    def drive(self, search: Search, bounds: Bounds) -> Outcome | None:
+        """Measure what a search asks for until it or the budget ends."""
         while (proposal := search.ask()) is not None:
+            if self.is_spent(bounds):
+                search.stop(f"stopped: the budget of {bounds.budget_s:.0f} s leaves no time for another probe")
+                break
             if self.skips(proposal.config):
                 search.tell(proposal, not_worth_a_probe(proposal.config))
                 continue
             trial = self.measure(proposal.config, proposal.reason, proposal=proposal)
-            search.tell(proposal, observe(trial))
-        outcome = search.outcome()
-        if not outcome.ranked and self.skipped and not self.trials and self.closest_skipped_fits():
-            self.believes, self.skipped = False, {}
-            return self.search(installed, max_probes, {**recorded, **self.recorded_now()})
-        notes = [*left_out(space), *self.skipped_line(), outcome.stopped]
-        if outcome.ties:
-            notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
-        for candidate in self.provable(outcome.ranked):
-            proof = self.proof_of(candidate.config)
-            if proof.judgement.verdict is Verdict.FITS:
-                return self.recommend(proof, notes=(*notes, *slower_than_probed(proof, candidate)))
-            notes.append(f"a faster config fitted as a probe and failed its proof ({proof.judgement.verdict})")
-        return self.recommend(None, notes=tuple(notes), from_database=self.probes == 0)
+            search.tell(proposal, self.observe(trial))
+        return search.result
+
+    def check_budget(self, bounds: Bounds) -> None:
+        """Raises `InvalidRequest` for a budget in which nothing can be proven."""
+        least = self.shortest_probe_s()
+        if bounds.budget_s is not None and bounds.budget_s < least:
+            raise InvalidRequest(
+                f"--budget {bounds.budget_s:g}s is too small for one probe, which takes about {least:.0f} s here:"
+                " give more, or leave it out"
+            )
+
+    def shortest_probe_s(self) -> float:
+        """Of a fresh process: what this device's proofs took, else what starting one takes anywhere."""
+        proofs = [trial.report.wall_time_s for trial in self.stored if trial.origin is Origin.PROOF]
+        return min(proofs, default=LEAST_PROBE_S)
+
+    def is_spent(self, bounds: Bounds) -> bool:
+        """Whether another probe and the proof would exceed the budget, as far as earlier ones tell."""
+        if bounds.budget_s is None or not self.probes:
+            return False
+        walls = [trial.report.wall_time_s for trial in self.trials[-self.probes :]]
+        left = bounds.budget_s - (self.seams.monotonic() - self.began)
+        return left < statistics.median(walls) + max(walls)
+
+    def valid_here(
+        self, predictor: Predictor, space: SearchSpace, recorded: Mapping[TrainingConfig, Observation]
+    ) -> list[Observation]:
+        """Trials of the same model under another limit that hold under this one: what they took, or ran out of."""
+        allowed = predictor.allowed_bytes
+        found: dict[TrainingConfig, Observation] = {}
+        for trial in self.of_model():
+            if trial.config in recorded or trial.origin is not Origin.PROBE or space.legal(trial.config) is not None:
+                continue
+            observation = self.observe(trial)
+            used = trial.report.peak_reserved_bytes if self.device.kind == "cpu" else trial.report.device_used_bytes
+            holds = observation.fits and (allowed is None or (used is not None and used <= allowed))
+            if holds or (observation.out_of_memory and (allowed or math.inf) <= (trial.report.limit_bytes or 0)):
+                found[trial.config] = observation
+        return list(found.values())
+
+    def earlier(self, predictor: Predictor) -> list[Earlier]:
+        """Trials of this device that say how fast it is, those of this request left out."""
+        found = []
+        for trial in self.of_device():
+            step = trial.report.step_time_s(trial.config.gradient_accumulation_steps)
+            seconds = trial.prediction.seconds_by_kind if trial.prediction else None
+            if (
+                trial.request_id == self.id
+                or trial.report.timed_lengths
+                or trial.judgement.verdict is not Verdict.FITS
+                or not step
+                or not seconds
+            ):
+                continue
+            same = trial.model_fingerprint == self.request.model.fingerprint
+            times = trial.report.micro_batch_times_s
+            found.append(
+                Earlier(config=trial.config, seconds=seconds, step_time_s=step, times_s=times, same_model=same)
+            )
+        return found[-EARLIER:]
+
+    def of_device(self) -> list[TrialRecord]:
+        """Stored trials in this environment, of any request."""
+        if self._of_device is None:
+            same = self.environment.fingerprint
+            stored = self.seams.store.trials()
+            self._of_device = [trial for trial in stored if trial.environment.fingerprint == same]
+        return self._of_device
+
+    def of_model(self) -> list[TrialRecord]:
+        model = self.request.model.fingerprint
+        return [t for t in self.of_device() if t.model_fingerprint == model and t.request_id != self.id]
 
     def skips(self, config: TrainingConfig) -> bool:
         """Whether a config is predicted not to fit, and is left out for it."""
         predictor = self.seams.predictor
-        if predictor is None or not self.believes or not predictor.hopeless(config):
+        if predictor is None or not self.believes or self.seeks or not predictor.hopeless(config):
             return False
         prediction = predictor.predict(config)
         if prediction is None:
@@ -198,12 +345,13 @@ class _Fit:
 
     def recorded_now(self) -> dict[TrainingConfig, Observation]:
         """What this fit has measured so far."""
-        return {trial.config: observe(trial) for trial in self.trials if trial.origin is Origin.PROBE}
+        return {trial.config: self.observe(trial) for trial in self.trials if trial.origin is Origin.PROBE}
 
-    def skipped_line(self) -> tuple[str, ...]:
-        if not self.skipped:
+    def skipped_line(self, outcome: Outcome) -> tuple[str, ...]:
+        skipped = len(self.skipped) + outcome.hopeless
+        if not skipped:
             return ()
-        return (f"{len(self.skipped)} config(s) predicted not to fit and not probed (--no-prediction probes them)",)
+        return (f"{skipped} config(s) predicted not to fit and not probed (--no-prediction probes them)",)
 
     def provable(self, ranked: Sequence[Observation]) -> Iterator[Observation]:
         """Candidates for a proof, fastest first; after one that ran out of memory only those that took less."""
@@ -231,7 +379,8 @@ class _Fit:
     ) -> TrialRecord:
         """Probe, judge, store, tell; what is not about memory and stays so after one retry ends the fit."""
         self.seams.observer.trial_starts(config, reason, proof=proof)
-        trial = self._trial(config, proof=proof, fresh=proof, moves=proposal.moves if proposal else ())
+        moves = (proposal.moves if proposal else ()) or self.moves_to(config)
+        trial = self._trial(config, proof=proof, fresh=proof, moves=moves)
         if trial.judgement.verdict in _RETRIED:
             self.seams.observer.trial_starts(
                 config, f"{trial.judgement.verdict}: once more, in a fresh worker", proof=proof
@@ -249,6 +398,12 @@ class _Fit:
                 stderr_tail=trial.report.log_tail,
             )
         return trial
+
+    def observe(self, trial: TrialRecord) -> Observation:
+        return observe(trial, on_cpu=self.device.kind == "cpu")
+
+    def moves_to(self, config: TrainingConfig) -> tuple[str, ...]:
+        return tuple(move.name for move in self.ladder if move.explains(self.request.start, config))
 
     def is_unsupported_variation(self, trial: TrialRecord) -> bool:
         """A setting that this model or library does not have, where others ran: not legal, and no reason to stop."""
@@ -286,7 +441,7 @@ class _Fit:
         return trial
 
     def probe_request(self, config: TrainingConfig, *, proof: bool) -> ProbeRequest:
-        return ProbeRequest(
+        asked = ProbeRequest(
             model=self.request.model,
             config=config,
             device=self.device.id,
@@ -294,7 +449,22 @@ class _Fit:
             headroom_bytes=self.headroom_bytes,
             proof=proof,
             optimizer_steps=PROOF_STEPS if proof else 1,
+            beat_s=None if proof else self.to_beat_s(config),
         )
+        return with_mix(asked, self.request.lengths)
+
+    def to_beat_s(self, config: TrainingConfig) -> float | None:
+        """Seconds of a micro batch at which this config is as fast as the fastest so far; None: there is none."""
+        fits = [t for t in self.trials if t.origin is Origin.PROBE and t.tokens_per_second]
+        alike = [t for t in fits if t.config.sequence_length == config.sequence_length]
+        best = max(alike, key=lambda trial: trial.tokens_per_second or 0.0, default=None)
+        if best is None or not best.tokens_per_second:
+            return None
+        mix = self.request.lengths
+        tokens = tokens_per_row(config, mix) if mix else config.sequence_length
+        step = tokens * config.effective_batch_size / best.tokens_per_second
+        optimizer = statistics.median(best.report.optimizer_times_s)
+        return max(0.0, step - optimizer) / config.gradient_accumulation_steps
 
     def recommend(
         self, proof: TrialRecord | None, *, notes: tuple[str, ...] = (), from_database: bool = False
@@ -315,7 +485,19 @@ class _Fit:
         )
 
 
-def observe(trial: TrialRecord) -> Observation:
+def is_overtaken(proof: TrialRecord, outcome: Outcome, tolerance: float) -> bool:
+    """Whether, with what the proof measured, another config is believed to be faster by more than `tolerance`."""
+    mine = outcome.believed.get(proof.config)
+    others = [mean for config, (mean, _) in outcome.believed.items() if config != proof.config]
+    if mine is None or not others or not proof.tokens_per_second:
+        return False
+    mean, sd = mine
+    noise = noise_of(comparable_times_s(proof.report))
+    share = sd**2 / (sd**2 + noise**2)
+    return mean + share * (-math.log(proof.tokens_per_second) - mean) > min(others) + tolerance
+
+
+def observe(trial: TrialRecord, *, on_cpu: bool = False) -> Observation:
     """A trial as the search sees it."""
     fits = trial.judgement.verdict is Verdict.FITS
     return Observation(
@@ -325,7 +507,33 @@ def observe(trial: TrialRecord) -> Observation:
         tokens_per_second=trial.tokens_per_second,
         spread=spread_of(trial.report.micro_batch_times_s),
         peak_bytes=trial.report.peak_allocated_bytes if fits else None,
+        step_time_s=trial.report.step_time_s(trial.config.gradient_accumulation_steps) if fits else None,
+        times_s=comparable_times_s(trial.report),
+        needed_bytes=trial.report.peak_reserved_bytes if fits and on_cpu else None,
+        reserved_bytes=trial.report.peak_reserved_bytes if fits and not on_cpu else None,
+        wanted_bytes=wanted_bytes(trial, on_cpu=on_cpu),
+        start_s=trial.report.startup_s if trial.report.isolation is Isolation.WARM else None,
+        cut_short=trial.report.cut_short,
     )
+
+
+def comparable_times_s(report: ProbeReport) -> tuple[float, ...]:
+    """Times of micro batches; those of several lengths each as a share of its length's median, so that they compare."""
+    count = len(report.timed_lengths)
+    if count < 2:
+        return report.micro_batch_times_s
+    medians = [statistics.median(report.micro_batch_times_s[number::count] or (1.0,)) for number in range(count)]
+    return tuple(time / medians[number % count] for number, time in enumerate(report.micro_batch_times_s))
+
+
+def wanted_bytes(trial: TrialRecord, *, on_cpu: bool) -> int | None:
+    """Of one that ran out: what was held and what the failed allocation asked for, a lower bound of its need."""
+    numbers = trial.judgement.numbers
+    held = trial.report.peak_reserved_bytes if on_cpu else numbers.get("allocated_bytes")
+    tried = numbers.get("tried_bytes")
+    if trial.judgement.verdict is not Verdict.DEVICE_OOM or held is None or tried is None:
+        return None
+    return held + tried - (0 if on_cpu else SEGMENT_BYTES)
 
 
 def not_worth_a_probe(config: TrainingConfig) -> Observation:

@@ -524,12 +524,23 @@ class FrontierRow:
     config: TrainingConfig
     origin: Literal["measured", "predicted"]
     fits: bool
-    tokens_per_second: float | None = None  # padding counted; None: it does not fit
+    tokens_per_second: float | None = None  # counted as the proof's are; None: it does not fit
     memory_bytes: int | None = None  # in use on the whole device at the peak; CPU: what the limit is compared with
 
     @property
     def sequence_length(self) -> int:
         return self.config.sequence_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Consent:
+    """Where nothing fits: something that could still be allowed, and whether a config is predicted to fit with it."""
+
+    kind: Literal["shorter_sequence", "lower_rank", "fewer_modules", "near", "wider_search", "more_memory"]
+    option: str | None  # of the command line; None: no option gives it (a larger card)
+    config: TrainingConfig  # the first that fits, in the order of what is given up; else the one that needs least
+    needed_bytes: int  # that it is likely to need on the whole device; CPU: what the limit is compared with
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -549,6 +560,7 @@ class Recommendation:
     out_of_memory: int = 0
     wall_time_s: float = 0.0
     frontier: tuple[FrontierRow, ...] = ()  # by sequence length, ascending
+    consents: tuple[Consent, ...] = ()  # where nothing fits: all that could be allowed and is not; predicted
 
 
 def to_json(value: Any) -> Any:

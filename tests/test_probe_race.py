@@ -30,9 +30,11 @@ def test_a_probe_is_beaten_by_its_median_or_at_once(
     ("times", "enough"),
     [
         ((), False),
-        ((4.1,), True),
-        ((3.9,), False),
-        ((2.0, 2.1), True),
+        ((12.1,), True),
+        ((4.1,), False),
+        ((4.1, 4.6), True),
+        ((3.9, 4.6), False),
+        ((2.0, 2.1, 2.2), True),
         ((1.0, 1.0), False),  # two that agree may do so by chance
         ((1.0, 1.004, 1.001), True),
         ((1.0, 1.02, 1.001), False),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from autotune.protocols import ProbeExecutor
-from autotune.search.climb import Observation, Outcome
+from autotune.search.climb import Observation, Outcome, climb
 from autotune.search.space import build_space
 from autotune.search.study import Search
 from autotune.values import FitRequest, ProbeRequest, TrainingConfig, Upcast, from_json
@@ -22,7 +22,8 @@ Recorded = dict[TrainingConfig, Observation]
 def a_search(request: FitRequest | None = None, recorded: Recorded | None = None, **options: Any) -> Search:
     request = request or a_request(gradient_accumulation_steps=16, upcast=Upcast.FP32)
     device = a_cpu()
-    return Search(build_space(request, device), LADDER, request, device, recorded, **options)
+    space = build_space(request, device)
+    return Search(space, climb(space, LADDER, request, device, **options), recorded)
 
 
 def finish(search: Search, limit_mib: int = 700, law: Law | None = None) -> tuple[Outcome, Recorded]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -298,7 +298,8 @@ def test_after_a_proof_out_of_memory_only_smaller_configs_are_proven() -> None:
 
 @dataclass
 class Seer:
-    """A predictor that knows the fake executor's law, `factor` times too high, under a limit."""
+    """A predictor of memory alone, as for a card that no catalogue has: the fake executor's law, `factor` times too
+    high, under a limit."""
 
     limit_bytes: int
     factor: float = 1.0
@@ -312,6 +313,22 @@ class Seer:
 
     def learn(self, trial: TrialRecord) -> None:
         self.learned.append(trial)
+
+    @property
+    def allowed_bytes(self) -> int | None:
+        return self.limit_bytes
+
+    def prepare(self, configs: Iterable[TrainingConfig]) -> None:
+        """There is nothing to make."""
+
+    def at_hand(self, config: TrainingConfig) -> bool:
+        return True
+
+    def seconds(self, config: TrainingConfig) -> Mapping[str, float] | None:
+        return None
+
+    def expect(self, config: TrainingConfig) -> Prediction | None:
+        return self.predict(config)
 
 
 def test_what_cannot_fit_is_skipped_and_the_answer_is_the_same() -> None:

@@ -134,4 +134,5 @@ def card_of_cpu(device: Device, threads: int) -> Card:
         ),
         bitsandbytes=True,
         bus="none",
+        sources={},
     )

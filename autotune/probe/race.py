@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-ENOUGH_S = 4.0  # of timed micro batches: one that takes longer is timed once
+ENOUGH_S = 4.0  # of timed micro batches: then three are enough, two where one alone takes longer
+LONG_S = 12.0  # of one micro batch, which then is enough: what disturbs it is short against it
 BEATEN, BEATEN_AT_ONCE = 1.1, 1.5  # times what is to beat: the median of several, the very first
 STEADY = 0.005  # half of (largest − smallest) ÷ median: three that agree so well need no fourth
 
@@ -26,7 +27,8 @@ def is_enough(times_s: Sequence[float], lengths: int = 1) -> bool:
     means = round_means(times_s, lengths)
     if not means or len(times_s) % lengths:
         return False
-    if sum(times_s) > ENOUGH_S:
+    least = 1 if lengths > 1 or times_s[0] > LONG_S else 2 if times_s[0] > ENOUGH_S else 3
+    if sum(times_s) > ENOUGH_S and len(means) >= least:
         return True
     return len(means) > 2 and (max(means) - min(means)) / (2 * statistics.median(means)) < STEADY
 

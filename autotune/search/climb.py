@@ -6,8 +6,8 @@ at the wall the ladder's exact moves make room; each setting is tried at the bes
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias, TypeVar
 
 from autotune.protocols import Strategy
@@ -40,6 +40,13 @@ class Observation:
     spread: float | None  # uncertainty of tokens_per_second, a fraction of it; None: not known
     peak_bytes: int | None
     probed: bool = True  # False: predicted not to fit, and taken at its word
+    step_time_s: float | None = None  # of an optimizer step, as tokens_per_second has it
+    times_s: tuple[float, ...] = ()  # of its micro batches
+    needed_bytes: int | None = None  # what was held against the limit, where that is more than tensors; else the peak
+    reserved_bytes: int | None = None  # what the caching allocator held; None: there is none, as on the CPU
+    wanted_bytes: int | None = None  # ran out: what it held and the allocation that failed, so at least this
+    start_s: float | None = None  # of the probe, what was not timed steps; None: of a fresh process
+    cut_short: bool = False  # it could not win any more
 
     @property
     def speed(self) -> float:
@@ -55,6 +62,9 @@ class Outcome:
     ties: tuple[Observation, ...]  # the others as fast as the best, within tolerance and spread
     stopped: str  # why it ended, in words
     closest: Observation | None  # only when nothing fits: the last one down the ladder
+    #: Of those that fit: logarithm of seconds per token as it is believed, and its deviation; {}: as measured.
+    believed: Mapping[TrainingConfig, tuple[float, float]] = field(default_factory=dict)
+    hopeless: int = 0  # configs that were predicted not to fit and not probed
 
     @property
     def best(self) -> Observation | None:

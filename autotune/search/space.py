@@ -262,7 +262,7 @@ def least_memory(space: SearchSpace) -> tuple[TrainingConfig, ...]:
     """The config that takes least by the order above, then plainer ones, for where it cannot be predicted."""
     joint = space.joint
     least: dict[str, Any] = {name: max(joint[name], key=order.index) for name, order in _MOST_MEMORY_FIRST.items()}
-    least["gradient_checkpointing"] = min(joint["gradient_checkpointing"], key=_kept_layers)
+    least["gradient_checkpointing"] = min(joint["gradient_checkpointing"], key=kept_layers)
     least["optimizer"] = next((name for name in joint["optimizer"] if "8bit" in name), joint["optimizer"][0])
     found = [space.config_at(space.sizes[0], **least)]
     for name, plain in (("gradient_checkpointing", "full"), ("loss", LossPath.CHUNKED)):
@@ -274,10 +274,10 @@ def least_memory(space: SearchSpace) -> tuple[TrainingConfig, ...]:
 def _memory(config: TrainingConfig) -> tuple[int, ...]:
     """One number a setting, rising with the memory it takes. Not comparable between settings."""
     ranks = [-order.index(getattr(config, name)) for name, order in _MOST_MEMORY_FIRST.items()]
-    return (*ranks, *(getattr(config, name) for name in _SIZES), _kept_layers(config.gradient_checkpointing))
+    return (*ranks, *(getattr(config, name) for name in _SIZES), kept_layers(config.gradient_checkpointing))
 
 
-def _kept_layers(checkpointing: str) -> int:
+def kept_layers(checkpointing: str) -> int:
     """Rising with the layers whose activations are kept: offload, full, every 2nd layer checkpointed, … off."""
     fixed = {"offload": 0, "full": 1, "off": 10**9}
     return fixed[checkpointing] if checkpointing in fixed else int(checkpointing.removeprefix("every_"))
