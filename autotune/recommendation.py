@@ -7,6 +7,7 @@ from typing import Any
 
 from autotune.values import (
     FitRequest,
+    FitStatus,
     Judgement,
     ProbeReport,
     Recommendation,
@@ -44,6 +45,7 @@ def fit_document(result: Recommendation) -> dict[str, Any]:
         "moves": to_json(result.moves),
         "frontier": [{"sequence_length": row.sequence_length, **to_json(row)} for row in result.frontier],
         "closest": _trial(closest) if (closest := closest_trial(result)) else None,
+        "nothing_fits": _nothing_fits(result),
         "trials": [_trial(trial) for trial in result.trials],
         "probes": {
             "count": result.probes,
@@ -81,6 +83,18 @@ def measured(trial: TrialRecord) -> dict[str, Any]:
         "eval_time_s": report.eval_time_s,
         "loss": report.loss,
         "time_utc": trial.time_utc,
+    }
+
+
+def _nothing_fits(result: Recommendation) -> dict[str, Any] | None:
+    """What came closest, how far it was off, and what each consent that is left is predicted to bring."""
+    if result.status is not FitStatus.NOTHING_FITS:
+        return None
+    closest = closest_trial(result)
+    return {
+        "closest": _trial(closest) if closest else None,
+        "missing_bytes": missing_bytes(closest.judgement, closest.report) if closest else None,
+        "consents": [{**to_json(one), "origin": "predicted"} for one in result.consents],
     }
 
 

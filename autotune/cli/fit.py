@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from autotune.cli.parameters import Number, Text, Whole
+from autotune.cli.parameters import Duration, Number, Text, Whole
 from autotune.values import Attention, Isolation, Trainer, Upcast
 
 TEXT = Text()
@@ -15,6 +15,7 @@ POSITIVE = Whole(1, 2**31 - 1)
 TOKENS = Whole(2, 2**31 - 1)  # of a sample with one token nothing is learned
 SAMPLES = Whole(1, 2**20)
 FRACTION = Number("a number from 0 to below 1", lambda number: 0 <= number < 1)
+TOLERANCE = Number("a number from 0 to 0.5, such as 0.01 or 1%", lambda number: 0 <= number <= 0.5, percent=True)
 EPOCHS = Number("a number above 0 and up to a million", lambda number: 0 < number <= 1e6)
 
 
@@ -102,12 +103,24 @@ EPOCHS = Number("a number above 0 and up to a million", lambda number: 0 < numbe
     help="fresh: a new process for each probe. The winner is always proven in one.",
 )
 @click.option("--python", type=TEXT, help="Interpreter of your trainer's environment.  [default: autotune's own]")
+@click.option("--fix", type=TEXT, multiple=True, help="Try one value of a setting alone: attention=sdpa. Repeatable.")
+@click.option("--exclude", type=TEXT, multiple=True, help="Never try this: loss=liger. Repeatable.")
+@click.option("--space", type=click.Path(path_type=Path), help="A YAML file of both, or of fields with their values.")
+@click.option(
+    "--tolerance",
+    type=TOLERANCE,
+    default=0.01,
+    show_default=True,
+    help="Stop where no probe is expected to gain more of speed; 1% is 0.01.",
+)
+@click.option("--budget", type=Duration(), help="Stop searching in time to prove within this: 90s, 5min.")
 @click.option("--max-probes", type=POSITIVE, help="Stop searching after so many.  [default: 24; on the CPU 10]")
 @click.option("--fresh", is_flag=True, help="Measure again, whatever the database holds.")
 @click.option("--no-prediction", is_flag=True, help="Predict nothing: probe configs that a prediction would skip.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document: bytes, seconds, unknown is null.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write config, measurement and provenance as YAML.")
-@click.option("--force", is_flag=True, help="Let --output overwrite.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw speed and memory at each sequence length, as SVG.")
+@click.option("--force", is_flag=True, help="Let --output and --plot overwrite.")
 def command(**options: Any) -> None:
     """Find the fastest config that fits, by short real QLoRA runs, and prove it in a fresh process.
 

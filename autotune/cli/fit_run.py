@@ -20,9 +20,12 @@ from typing import Any
 import click
 
 from autotune.cli.fit_dataset import Dataset, dataset_document, read_dataset, with_dataset
+from autotune.cli.fit_space import narrowing_of
 from autotune.cli.words import say
+from autotune.consent import consents
 from autotune.errors import GpuUnavailable, Interrupted, InvalidRequest, NothingFits, UsageError
-from autotune.fitfile import write_fit
+from autotune.fitfile import write_file, write_fit
+from autotune.frontier import BUDGET_S, KNOWN_BUDGET_S, candidates_of, frontier
 from autotune.hardware.cpu import card_of_cpu
 from autotune.hardware.environment import is_own_python, read_environment
 from autotune.hardware.readers import read_machine
@@ -31,15 +34,18 @@ from autotune.hardware.sizes import InvalidSize, format_bytes, parse_bytes
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunner
 from autotune.probe.predictor import FitPredictor, target_of_device
-from autotune.recommendation import closest_trial, fit_document, fit_file_document
-from autotune.tuner import Seams, fit, request_id
+from autotune.recommendation import closest_trial, fit_document, fit_file_document, missing_bytes
+from autotune.search.space import build_space
+from autotune.tuner import Seams, fit, observe, request_id
 from autotune.values import (
+    GIB,
     LIBRARIES,
     MIB,
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
     TRAINER_UPCAST,
     Attention,
+    Consent,
     Device,
     Environment,
     FitRequest,
@@ -92,7 +98,10 @@ def defaults_for(device: Device) -> Defaults:
 def run(options: dict[str, Any]) -> None:
     """Fit and print. Raises `AutotuneError`; `NothingFits` after the result is printed."""
     dataset = read_dataset(options["dataset"], options["tokenizer"])
-    _check_output(options["output"], force=options["force"])
+    for name in ("output", "plot"):
+        _check_output(options[name], f"--{name}", force=options["force"])
+    if options["plot"] and options["plot"] == options["output"]:
+        raise UsageError(f"--plot and --output are both {options['plot']}: give one of them another name")
     device = choose_device(options["gpu"], options["python"])
     request, headroom = build_request(options, device)
     request = with_dataset(request, dataset)
@@ -125,6 +134,7 @@ def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, 
     headroom = default_headroom_bytes(device) if stated is None else stated
     check_headroom(headroom, limit, device)
     start = start_config(options, model, defaults, device)
+    narrowing = narrowing_of(options)
     try:
         return FitRequest(
             model=model,
@@ -136,6 +146,8 @@ def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, 
             allow_fewer_modules=options["allow_fewer_modules"],
             memory_limit_bytes=limit,
             isolation=Isolation(options["isolation"]),
+            fixed=narrowing.fixed,
+            excluded=narrowing.excluded,
         ), headroom
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -199,6 +211,8 @@ def _fit(
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = read_environment(options["python"], device, threads if device.kind == "cpu" else None)
     check_environment(environment, device, options["python"])
+    installed = optional_packages(options["python"])
+    build_space(request, device, installed=installed)  # refuses an empty one before anything is written
     with open_store(None, device) as store, FitProgress(device, request) as progress:
         store.add_request(request_id(request, headroom), request)
         executor = SubprocessExecutor(
@@ -221,20 +235,45 @@ def _fit(
         if not options["no_prediction"]:
             predictor = _predictor(request, device, headroom, options, stopped, environment, store)
         try:
-            return fit(
+            result = fit(
                 request,
                 device,
                 dataclasses.replace(seams, predictor=predictor),
                 ladder=LADDER,
-                installed=optional_packages(options["python"]),
+                installed=installed,
                 headroom_bytes=headroom,
                 fresh=options["fresh"],
                 max_probes=options["max_probes"] or defaults_for(device).max_probes,
+                tolerance=options["tolerance"],
+                budget_s=options["budget"],
             )
+            return _with_frontier(_with_consents(result, predictor, installed), store, predictor, installed)
         finally:
             executor.close()
             if predictor:
                 predictor.close()
+
+
+def _with_consents(result: Recommendation, predictor: FitPredictor | None, installed: frozenset[str]) -> Recommendation:
+    """Where nothing fits, the result with what each consent that is left would bring."""
+    if result.status is not FitStatus.NOTHING_FITS or predictor is None:
+        return result
+    device = result.device
+    observed = [observe(trial, on_cpu=device.kind == "cpu") for trial in result.trials]
+    found = consents(result.request, device, observed, predictor, ladder=LADDER, installed=installed)
+    return dataclasses.replace(result, consents=found)
+
+
+def _with_frontier(
+    result: Recommendation, store: GpuStore, predictor: FitPredictor | None, installed: frozenset[str]
+) -> Recommendation:
+    """The result with the fastest config at other lengths, from what is stored and what traces at hand predict."""
+    stored = store.trials(model_fingerprint=result.request.model.fingerprint, latest=LEARNED_FROM)
+    space = build_space(result.request, result.device, installed=installed)
+    candidates = candidates_of(space, result.trials)
+    budget_s = KNOWN_BUDGET_S if result.from_database else BUDGET_S
+    rows, left_out = frontier(result, stored, candidates, predictor, monotonic=time.monotonic, budget_s=budget_s)
+    return dataclasses.replace(result, frontier=rows, notes=(*left_out, *result.notes))
 
 
 def _predictor(
@@ -326,27 +365,29 @@ def stop_flag() -> Iterator[Callable[[], bool]]:
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-def _check_output(path: Path | None, *, force: bool) -> None:
+def _check_output(path: Path | None, option: str, *, force: bool) -> None:
     """Before minutes of probing, not after."""
     if path is None:
         return
     try:
         if path.is_dir():
-            raise InvalidRequest(f"--output {path} is a folder: give the name of a file")
+            raise InvalidRequest(f"{option} {path} is a folder: give the name of a file")
         if path.exists() and not force:
-            raise InvalidRequest(f"{path} exists: give --force to overwrite it, or another --output")
+            raise InvalidRequest(f"{path} exists: give --force to overwrite it, or another {option}")
         if not path.parent.is_dir():
-            raise InvalidRequest(f"{path.parent} is no folder: make it first, or give another --output")
+            raise InvalidRequest(f"{path.parent} is no folder: make it first, or give another {option}")
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InvalidRequest(f"{path} cannot be written ({error.strerror}): give another --output") from error
+        raise InvalidRequest(f"{path} cannot be written ({error.strerror}): give another {option}") from error
 
 
 def _report(result: Recommendation, dataset: Dataset | None, options: dict[str, Any]) -> None:
-    """The file where asked, the result to stdout. Raises `NothingFits`."""
+    """The files where asked, the result to stdout. Raises `NothingFits`."""
     try:
         if options["output"] and result.status is FitStatus.FITTED:
             _write(result, options["output"], force=options["force"])
+        if options["plot"]:
+            _write_plot(result, options["plot"], force=options["force"])
     finally:  # a result that cannot be written is shown; one that cannot be shown is written
         _print(result, dataset, options)
     if result.status is not FitStatus.FITTED:
@@ -376,6 +417,22 @@ def _write(result: Recommendation, path: Path, *, force: bool) -> None:
     say(f"Written to {path}. Next: autotune export {path} --to {trainer}")
 
 
+def _write_plot(result: Recommendation, path: Path, *, force: bool) -> None:
+    """Memory and speed of the frontier, as SVG."""
+    from autotune.predict.plot import svg_of_sweep
+
+    points = [
+        (row.sequence_length, row.memory_bytes / GIB if row.memory_bytes else None, row.tokens_per_second, is_measured)
+        for row in result.frontier
+        for is_measured in [row.origin == "measured"]
+    ]
+    title = f"{result.request.model.name} on {result.device.name}: the fastest config at each length"
+    hollow = "predicted, without a speed not to fit; filled: measured"
+    picture = svg_of_sweep(points, x_name="sequence length, tokens", title=title, hollow=hollow)
+    write_file(path, picture, force=force)
+    say(f"Written to {path}.")
+
+
 def _packaged() -> bool:
     try:
         importlib.metadata.version("autotune-qlora")
@@ -385,14 +442,42 @@ def _packaged() -> bool:
 
 
 def nothing_fits_line(result: Recommendation) -> str:
-    """One line: what came closest, and the consents that are left to give."""
-    request, closest = result.request, closest_trial(result)
-    near = ""
-    if closest is not None:
-        near = (
-            f"; closest: sequence length {closest.config.sequence_length}, micro batch"
-            f" {closest.config.micro_batch_size}, checkpointing {closest.config.gradient_checkpointing}"
-        )
+    """One line: what came closest, how much it lacked, and what would help."""
+    why = result.notes[-1] if result.notes else "nothing fits"
+    why = why if why.startswith("nothing fits") else f"nothing fits: {why}"
+    known = " (known from the database, nothing was run; --fresh measures again)" if result.from_database else ""
+    return f"{why}{known}{_closest_words(result)}. {_consents_words(result)}"
+
+
+def _closest_words(result: Recommendation) -> str:
+    closest = closest_trial(result)
+    if closest is None:
+        return ""
+    config, missing = closest.config, missing_bytes(closest.judgement, closest.report)
+    lacks = f", which lacked at least {format_bytes(missing)}" if missing else ""
+    return (
+        f"; closest: sequence length {config.sequence_length}, micro batch {config.micro_batch_size},"
+        f" checkpointing {config.gradient_checkpointing}{lacks}"
+    )
+
+
+def _consents_words(result: Recommendation) -> str:
+    """What is predicted to make it fit; without a prediction all that could be tried."""
+    if not result.consents:
+        return f"Try {', '.join(_untried(result.request))}"
+    fits = [_offer(one) for one in result.consents if one.fits]
+    others = [f"{_offer(one)} (needs {format_bytes(one.needed_bytes)})" for one in result.consents if not one.fits]
+    words = f"Predicted to fit with {' or '.join(fits)}" if fits else "Try a smaller --model"
+    return f"{words}; not with {', '.join(others)}" if others else words
+
+
+def _offer(consent: Consent) -> str:
+    if consent.kind == "more_memory":
+        return consent.option or f"a card with {format_bytes(consent.needed_bytes)}"
+    return consent.option or "a search without --fix, --exclude and --space"
+
+
+def _untried(request: FitRequest) -> list[str]:
     start, ways = request.start, []
     if request.min_sequence_length is None and request.sequence_length_stated and start.sequence_length >= 4:
         ways.append(f"--min-sequence-length {start.sequence_length // 2}")
@@ -400,7 +485,4 @@ def nothing_fits_line(result: Recommendation) -> str:
         ways.append("--min-lora-rank 4")
     if not request.allow_near:
         ways.append("--allow near")
-    ways.append("a smaller --model or a larger --memory-limit")
-    known = " (known from the database, nothing was run; --fresh measures again)" if result.from_database else ""
-    why = result.notes[-1] if result.notes else "nothing fits"
-    return f"{why if why.startswith('nothing fits') else f'nothing fits: {why}'}{known}{near}. Try {', '.join(ways)}"
+    return [*ways, "a smaller --model or a larger --memory-limit"]
