@@ -10,7 +10,7 @@ from typing import Literal
 from autotune.protocols import Predictor, Strategy
 from autotune.search.belief import CPU_DOUBT, GPU_DOUBT, MemoryBelief
 from autotune.search.climb import Observation
-from autotune.search.seek import needed_bytes
+from autotune.search.remember import needed_bytes, remember
 from autotune.search.space import SearchSpace, build_space, least_memory
 from autotune.values import MIB, Consent, Device, FitRequest, TrainingConfig
 
@@ -132,18 +132,10 @@ class _Memory:
         self.belief = MemoryBelief(doubt, self.allowed_bytes, most)
 
     def learn(self, observation: Observation) -> None:
-        """As a search does: what fits says what it took, what ran out that it takes more."""
+        """As a search does."""
         expected = self.predictor.expect(observation.config)
-        if expected is None:
-            return
-        training = expected.training_peak_allocated_bytes or expected.peak_allocated_bytes
-        needed = needed_bytes(expected) - expected.peak_allocated_bytes + training
-        if observation.fits and observation.peak_bytes:
-            measured = observation.needed_bytes or observation.peak_bytes + needed - training
-            self.belief.observe(observation.config, needed, training, measured)
-        elif observation.out_of_memory and observation.probed:
-            wanted = (observation.wanted_bytes or 0) + (0.0 if self.device.kind == "cpu" else needed - training)
-            self.belief.observe_at_least(observation.config, needed, training, max(self.allowed_bytes, wanted))
+        if expected is not None:
+            remember(self.belief, expected, observation, on_cpu=self.device.kind == "cpu")
 
     def first_that_fits(self, levels: Sequence[SearchSpace]) -> tuple[TrainingConfig, int] | None:
         """(config, bytes) of the first level with one that fits, else of the last: they fall from level to level."""
