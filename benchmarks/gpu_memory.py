@@ -17,7 +17,8 @@ from typing import Any
 
 import click
 
-from autotune.cli.fit_run import check_environment, default_compute_dtype, optional_packages, stop_flag, watcher
+from autotune.cli.bench import check_environment, optional_packages, stop_flag, watcher
+from autotune.cli.fit_request import default_compute_dtype
 from autotune.errors import GpuUnavailable, InvalidRequest
 from autotune.hardware.environment import read_environment
 from autotune.hardware.readers import read_machine

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from autotune.cli.fit_run import watcher
+from autotune.cli.bench import watcher
 from autotune.errors import ProbeFailed
 from autotune.hardware.environment import read_environment
 from autotune.hardware.readers import read_machine

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from autotune.cli.fit_run import check_environment, nothing_fits_line
+from autotune.cli.bench import check_environment
+from autotune.cli.fit_nothing import nothing_fits_line
 from autotune.cli.group import run
 from autotune.errors import AutotuneError, GpuUnavailable, InvalidRequest
 from autotune.fitfile import read_fit

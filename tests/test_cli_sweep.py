@@ -16,7 +16,7 @@ import optuna
 import pytest
 
 from autotune.cli import fit, sweep
-from autotune.cli.fit_run import build_request
+from autotune.cli.fit_request import build_request
 from autotune.cli.sweep_run import check_same, request_of
 from autotune.errors import InvalidRequest
 from autotune.hardware.cpu import read_cpu

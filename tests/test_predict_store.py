@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import autotune.predict.store as stores
-from autotune.cli import fit_run
+from autotune.cli.bench import predictor_of
 from autotune.predict.kernels import CPU, KernelSet
 from autotune.predict.store import TraceStore, library_versions, sources_hash
 from autotune.predict.trace import FORMAT
@@ -54,10 +54,10 @@ def test_a_fits_traces_are_of_its_interpreters_libraries(
     kept = an_environment(torch="2.9.0")
     versions = {name: getattr(kept, name) for name in LIBRARIES}
     TraceStore(tmp_path / "traces", versions).keep(a_model(), CONFIG, CPU, a_trace())
-    options = {"python": str(tmp_path / "none")}  # starts nothing: what is not known has no prediction
+    python = str(tmp_path / "none")  # starts nothing: what is not known has no prediction
     environment = an_environment(torch=torch)
     with open_store(tmp_path, a_cpu()) as store:
-        predictor = fit_run._predictor(a_request(), a_cpu(), 0, options, lambda: False, environment, store)
+        predictor = predictor_of(a_request(), a_cpu(), 0, environment, store, python=python, stop=lambda: False)
         assert (predictor.predict(CONFIG) is not None) == is_known
 
 

@@ -4,41 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
 from autotune.cli import fit
-from autotune.cli.fit_run import (
-    _predictor,
-    build_request,
-    check_environment,
-    choose_device,
-    optional_packages,
-    stop_flag,
-    watcher,
-)
+from autotune.cli.bench import open_bench, optional_packages, read_checked_environment, stop_flag
+from autotune.cli.fit_request import build_request, choose_device
 from autotune.cli.sweep_progress import SweepProgress
 from autotune.cli.words import describe, say
 from autotune.errors import InvalidRequest
 from autotune.grid import Grid, Plan, parse_grid, plan_of_grid, plan_of_space, read_grid
-from autotune.hardware.environment import read_environment
 from autotune.landscape import Header, Landscape, LandscapeWriter, Row, read_begun
+from autotune.probe.predictor import FitPredictor
 from autotune.search.export_study import check_storage, speed_of, trials_of, write_study
 from autotune.sweep import Failed, Sweep
-from autotune.tuner import Seams, request_id
 from autotune.values import Device, Environment, FitRequest, Verdict, to_json
 from autotune.workload.models import check_sequence_length
 from gpu_db.anonymous import public_model_name
-from gpu_db.store import open_store
 
 SCHEMA = "autotune.sweep/1"
 
@@ -117,9 +106,7 @@ def _sweep(asked: Asked, begun: Landscape | None, stopped: Callable[[], bool]) -
     """Measure what is not in the file yet. Raises `AutotuneError`, `Interrupted` too: finished rows are kept."""
     began = time.monotonic()
     path, device = asked.options["output"], asked.device
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    environment = read_environment(asked.options["python"], device, threads if device.kind == "cpu" else None)
-    check_environment(environment, device, asked.options["python"])
+    environment = read_checked_environment(device, asked.options["python"])
     header = header_of(asked, environment, name=path.stem)
     if begun is not None:
         check_same(begun.header, header, path)
@@ -129,14 +116,7 @@ def _sweep(asked: Asked, begun: Landscape | None, stopped: Callable[[], bool]) -
     try:
         if todo:
             progress = SweepProgress(device, asked.request, todo=len(todo), known=len(asked.plan.configs) - len(todo))
-            with _seams(asked, environment, stopped, progress) as seams, LandscapeWriter(path) as file:
-                sweep = Sweep(
-                    asked.request,
-                    device,
-                    seams,
-                    headroom_bytes=asked.headroom_bytes,
-                    micro_batches=asked.options["micro_batches"],
-                )
+            with _opened(asked, environment, stopped, progress) as sweep, LandscapeWriter(path) as file:
                 start_s = sweep.start_worker(todo[0])
                 if begun is None:
                     file.append(replace(header, fresh_start_s=start_s))
@@ -206,45 +186,23 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def _seams(
+def _opened(
     asked: Asked, environment: Environment, stopped: Callable[[], bool], progress: SweepProgress
-) -> Iterator[Seams]:
-    """A fit's seams, and the dry runs of all that is to come made before any probe."""
-    from autotune.probe.executor import SubprocessExecutor
-    from autotune.verdict.machine import MachineJudge
+) -> Iterator[Sweep]:
+    """A sweep on a fit's bench."""
+    request, device, headroom = asked.request, asked.device, asked.headroom_bytes
+    with open_bench(request, device, headroom, environment, asked.options, stopped, progress) as bench:
+        _predict_all(asked, bench.predictor)
+        count = asked.options["micro_batches"]
+        yield Sweep(request, device, bench.seams, headroom_bytes=headroom, micro_batches=count)
 
-    request, device, options = asked.request, asked.device, asked.options
-    with open_store(None, device) as store, progress:
-        store.add_request(request_id(request, asked.headroom_bytes), request)
-        executor = SubprocessExecutor(
-            environment,
-            python=options["python"],
-            isolation=request.isolation,
-            stop=stopped,
-            watch=watcher(device),
-            progress=progress.phase,
-        )
-        predictor = None
-        if not options["no_prediction"]:
-            predictor = _predictor(request, device, asked.headroom_bytes, options, stopped, environment, store)
-        try:
-            if predictor and not all(map(predictor.at_hand, asked.plan.configs)):
-                say("Predicting these configs before the first is measured.")
-                predictor.prepare(asked.plan.configs)
-                predictor.close()  # its processes hold memory that the probes may need
-            yield Seams(
-                executor=executor,
-                store=store,
-                judge=MachineJudge(device),
-                observer=progress,
-                now_utc=lambda: datetime.now(UTC).isoformat(timespec="seconds"),
-                monotonic=time.monotonic,
-                predictor=predictor,
-            )
-        finally:
-            executor.close()
-            if predictor:
-                predictor.close()
+
+def _predict_all(asked: Asked, predictor: FitPredictor | None) -> None:
+    """The dry runs of all that is to come, made before any probe."""
+    if predictor and not all(map(predictor.at_hand, asked.plan.configs)):
+        say("Predicting these configs before the first is measured.")
+        predictor.prepare(asked.plan.configs)
+        predictor.close()  # its processes hold memory that the probes may need
 
 
 # What it says
