@@ -120,7 +120,13 @@ EPOCHS = Number("a number above 0 and up to a million", lambda number: 0 < numbe
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document: bytes, seconds, unknown is null.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write config, measurement and provenance as YAML.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw speed and memory at each sequence length, as SVG.")
-@click.option("--force", is_flag=True, help="Let --output and --plot overwrite.")
+@click.option(
+    "--optuna",
+    "study_file",
+    type=click.Path(path_type=Path),
+    help="Write all trials as an Optuna study, named as the file without its ending, into this SQLite file.",
+)
+@click.option("--force", is_flag=True, help="Let --output, --plot and --optuna overwrite.")
 def command(**options: Any) -> None:
     """Find the fastest config that fits, by short real QLoRA runs, and prove it in a fresh process.
 

@@ -11,28 +11,40 @@ from autotune.cli.words import say
 from autotune.errors import InvalidRequest, UsageError
 from autotune.fitfile import write_file, write_fit
 from autotune.recommendation import fit_file_document
+from autotune.search.export_study import check_storage, trials_of_fit, write_study
 from autotune.values import GIB, FitStatus, Recommendation, Trainer
+
+_FILES = {"--output": "output", "--plot": "plot", "--optuna": "study_file"}  # their names among the options
 
 
 def check_files(options: dict[str, Any]) -> None:
     """Before minutes of probing, not after: raises `InvalidRequest`, `UsageError`."""
-    for name in ("output", "plot"):
-        _check_output(options[name], f"--{name}", force=options["force"])
-    if options["plot"] and options["plot"] == options["output"]:
-        raise UsageError(f"--plot and --output are both {options['plot']}: give one of them another name")
+    asked: dict[Path, str] = {}
+    for option, name in _FILES.items():
+        path = options[name]
+        if path is None:
+            continue
+        if path in asked:
+            raise UsageError(f"{option} and {asked[path]} are both {path}: give one of them another name")
+        asked[path] = option
+        if option == "--optuna" and path.is_file():
+            check_storage(path)  # --force does not overwrite what is no study
+        _check_output(path, option, force=options["force"])
 
 
 def write_files(result: Recommendation, options: dict[str, Any]) -> None:
-    """The config where there is one, the picture in any case. Raises `InvalidRequest`."""
+    """The config where there is one, picture and study in any case. Raises `InvalidRequest`."""
     if options["output"] and result.status is FitStatus.FITTED:
         _write(result, options["output"], force=options["force"])
     if options["plot"]:
         _write_plot(result, options["plot"], force=options["force"])
+    if options["study_file"]:
+        path = options["study_file"]
+        write_study(path, path.stem, trials_of_fit(result))
+        say(f"Optuna study {path.stem!r} of {len(result.trials)} trials: {path}")
 
 
-def _check_output(path: Path | None, option: str, *, force: bool) -> None:
-    if path is None:
-        return
+def _check_output(path: Path, option: str, *, force: bool) -> None:
     try:
         if path.is_dir():
             raise InvalidRequest(f"{option} {path} is a folder: give the name of a file")

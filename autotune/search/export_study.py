@@ -1,16 +1,17 @@
-"""A search or a sweep as a study in a file that Optuna's own tools read."""
+"""A fit or a sweep as a study in a file that Optuna's own tools read."""
 
 from __future__ import annotations
 
 import sqlite3
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autotune.errors import InvalidRequest
 from autotune.landscape import Landscape, Row
-from autotune.values import TrainingConfig, Verdict, to_json
+from autotune.values import Recommendation, TrainingConfig, TrialRecord, Verdict, to_json
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -73,36 +74,89 @@ def write_study(path: Path, name: str, trials: Iterable[FrozenTrial]) -> None:
             storage.engine.dispose()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """One trial, as a study is told of it."""
+
+    config: TrainingConfig
+    speed: float | None  # tokens a second; None: it does not fit
+    over_allowed: float
+    facts: dict[str, Any]  # JSON data beside the config
+    cut_short: bool = False
+
+
 def trials_of(landscape: Landscape) -> list[FrozenTrial]:
     """A row a trial: what fits is complete, the rest failed and infeasible. All fields that vary are parameters."""
+    allowed = _allowed_bytes(landscape)
+    return _frozen(
+        [
+            _Told(
+                config=row.config,
+                speed=speed_of(row),
+                over_allowed=over_allowed(row, allowed),
+                facts={
+                    "verdict": row.verdict.value,
+                    "needed_bytes": row.needed_bytes,
+                    "peak_allocated_bytes": row.peak_allocated_bytes,
+                    "device": landscape.header.device.name,
+                    "model": landscape.header.model.name,
+                },
+            )
+            for row in landscape.rows
+        ]
+    )
+
+
+def trials_of_fit(result: Recommendation) -> list[FrozenTrial]:
+    """The same of a fit's trials, those that were known before it too. One that was cut short is pruned."""
+    return _frozen(
+        [
+            _Told(
+                config=trial.config,
+                speed=trial.tokens_per_second,
+                over_allowed=_over_limit(trial),
+                facts={
+                    "verdict": trial.judgement.verdict.value,
+                    "origin": trial.origin.value,
+                    "moves": list(trial.moves),
+                    "peak_reserved_bytes": trial.report.peak_reserved_bytes,
+                    "peak_allocated_bytes": trial.report.peak_allocated_bytes,
+                    "counts_padding": trial.counts_padding,
+                    "predicted": to_json(trial.prediction),
+                    "time_utc": trial.time_utc,
+                    "device": result.device.name,
+                    "model": result.request.model.name,
+                },
+                cut_short=trial.report.cut_short,
+            )
+            for trial in result.trials
+        ]
+    )
+
+
+def _frozen(told: Sequence[_Told]) -> list[FrozenTrial]:
+    """As Optuna keeps them; fields with one value alone are no parameters."""
     from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
     from optuna.trial import TrialState, create_trial
 
-    header = landscape.header
-    allowed = _allowed_bytes(landscape)
-    values = _varying([row.config for row in landscape.rows])
+    values = _varying([one.config for one in told])
     distributions: dict[str, BaseDistribution] = {
         name: IntDistribution(min(each), max(each)) if name in _SIZES else CategoricalDistribution(each)
         for name, each in values.items()
     }
     found = []
-    for row in landscape.rows:
-        speed, config = speed_of(row), to_json(row.config)
+    for one in told:
+        config = to_json(one.config)
+        ran = TrialState.PRUNED if one.cut_short else TrialState.COMPLETE
         found.append(
             create_trial(
-                state=TrialState.FAIL if speed is None else TrialState.COMPLETE,
-                value=speed,
+                state=TrialState.FAIL if one.speed is None else ran,
+                value=one.speed,
                 params={name: _parameter(config[name]) for name in values},
                 distributions=distributions,
-                user_attrs={
-                    "config": config,
-                    "verdict": row.verdict.value,
-                    "needed_bytes": row.needed_bytes,
-                    "peak_allocated_bytes": row.peak_allocated_bytes,
-                    "device": header.device.name,
-                    "model": header.model.name,
-                },
-                system_attrs={_CONSTRAINTS: [over_allowed(row, allowed)]},
+                intermediate_values={0: one.speed} if one.cut_short and one.speed else {},
+                user_attrs={"config": config, **one.facts},
+                system_attrs={_CONSTRAINTS: [one.over_allowed]},
             )
         )
     return found
@@ -123,6 +177,14 @@ def over_allowed(row: Row, allowed_bytes: int | None) -> float:
     if row.needed_bytes is None or not allowed_bytes:
         return 0.0
     return min(0.0, row.needed_bytes / allowed_bytes - 1)
+
+
+def _over_limit(trial: TrialRecord) -> float:
+    """The same of a fit's trial: what was held against the limit that was enforced."""
+    if trial.judgement.verdict is not Verdict.FITS:
+        return _SOMEWHAT_OVER
+    held, limit = trial.report.peak_reserved_bytes, trial.report.limit_bytes
+    return min(0.0, held / limit - 1) if held and limit else 0.0
 
 
 def _allowed_bytes(landscape: Landscape) -> int | None:
