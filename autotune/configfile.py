@@ -164,7 +164,7 @@ def _no_config(path: Path, line: str) -> InvalidRequest:
 
 
 def _no_keys(path: Path) -> InvalidRequest:
-    return InvalidRequest(f"{path} holds no keys: write lines such as sequence_length: 4096")
+    return InvalidRequest(f"{path} holds no keys: write lines such as micro_batch_size: 4")
 
 
 # The values

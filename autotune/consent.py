@@ -17,11 +17,6 @@ from autotune.values import MIB, Consent, Device, FitRequest, TrainingConfig
 SHORTEST = 64  # tokens that are offered, where more were asked for
 _LIKELY_SD = 0.524  # of a normal: 70 % lie below its mean and so many standard deviations
 
-#: Held in a CPU rehearsal beside tensors: SmolLM2-135M's probes held 0.2, 0.3, 0.5 and 1.0 GiB with 256, 512, 1,024 and
-#: 2,048 tokens in a micro batch (torch 2.13, AMD EPYC, 2 threads); an out-of-memory shows a part of it alone.
-_ON_CPU_BYTES, _ON_CPU_SD_BYTES = 75 * MIB, 40 * MIB
-_ON_CPU_TOKEN_BYTES, _ON_CPU_TOKEN_SD_BYTES = 0.44 * MIB, 0.15 * MIB
-
 Kind = Literal["shorter_sequence", "lower_rank", "fewer_modules", "near", "wider_search"]
 
 
@@ -118,18 +113,8 @@ class _Memory:
     allowed_bytes: int
 
     def __post_init__(self) -> None:
-        start = self.request.start
-        most = start.micro_batch_size * start.gradient_accumulation_steps * start.sequence_length
-        share = most / self.allowed_bytes  # of which a belief counts what grows with tokens
-        on_cpu = replace(
-            CPU_DOUBT,
-            memory_bytes=_ON_CPU_SD_BYTES,
-            memory_tokens=_ON_CPU_TOKEN_SD_BYTES * share,
-            expected_bytes=_ON_CPU_BYTES,
-            expected_tokens=_ON_CPU_TOKEN_BYTES * share,
-        )
-        doubt = on_cpu if self.device.kind == "cpu" else GPU_DOUBT
-        self.belief = MemoryBelief(doubt, self.allowed_bytes, most)
+        doubt = CPU_DOUBT if self.device.kind == "cpu" else GPU_DOUBT
+        self.belief = MemoryBelief(doubt, self.allowed_bytes)
 
     def learn(self, observation: Observation) -> None:
         """As a search does."""

@@ -103,6 +103,8 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
+        if path.exists():  # a pipe or a device, which cannot be read twice
+            raise InvalidRequest(f"{path}: is no regular file; write what it gives to one, such as data.jsonl")
         raise InvalidRequest(f"{path}: no such file; check the path")
     for folder in (path, path / "train"):
         if files := sorted(folder.glob("*.arrow")):
@@ -127,6 +129,8 @@ def _rows_json(path: Path) -> Iterator[Row]:
             yield from _rows_jsonl(path)
             return
         raise InvalidRequest(f"{path}: is not JSON ({error}); correct it") from error
+    except ValueError as error:
+        raise InvalidRequest(f"{path}: holds a number without end; correct it") from error
     except RecursionError as error:
         raise InvalidRequest(f"{path}: is nested too deeply to be read") from error
     rows = content.get("data") if isinstance(content, dict) else content
@@ -226,6 +230,8 @@ def _parse(line: str, path: Path, number: int) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"{path}, line {number}: is not JSON ({error.msg}); correct the line") from error
+    except ValueError as error:  # what Python says of a number of thousands of digits
+        raise InvalidRequest(f"{path}, line {number}: holds a number without end; correct the line") from error
     except RecursionError as error:
         raise InvalidRequest(f"{path}, line {number}: is nested too deeply to be read") from error
 

@@ -198,8 +198,7 @@ class _Expected:
         self.predictor, self.allowed_bytes, self.candidates, self.late = predictor, allowed_bytes, candidates, late
         self.lengths, self.device = result.request.lengths, result.device
         doubt = CPU_DOUBT if self.device.kind == "cpu" else GPU_DOUBT
-        most = max((config.micro_batch_size * config.sequence_length for config in candidates), default=1)
-        self.time, self.memory = TimeBelief(doubt), MemoryBelief(doubt, float(allowed_bytes), most)
+        self.time, self.memory = TimeBelief(doubt), MemoryBelief(doubt, float(allowed_bytes))
         self.unfit = [trial.config for trial in trials if trial.judgement.verdict in _OUT_OF_MEMORY]
         self.points: dict[TrainingConfig, dict[int, float]] = {}  # bytes needed by tokens of a micro batch, by settings
         for trial in trials[-TAUGHT_BY:]:

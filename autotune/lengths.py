@@ -24,6 +24,7 @@ Counted = Literal["tokens", "tokenizer", "estimate"]
 Tokenize = Callable[[Sequence[str]], list[int]]  # texts to their numbers of tokens
 
 _AT_ONCE = 1000  # texts
+_LONGEST = 10**9  # tokens of a sample: more is a mistake
 #: Fields of a sample that make its text, one after the other; the first set that is there. In brackets: where given.
 TEXT_FIELDS: tuple[tuple[str, ...], ...] = (
     ("text",),
@@ -240,7 +241,8 @@ def _listed(row: dict[str, Any], place: str) -> int:
 
 def _length(row: dict[str, Any], place: str) -> int:
     value = row.get("length")
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value  # CSV
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise InvalidRequest(f"{place}: length must be a number of tokens, not {value!r}; correct it")
+    in_words = isinstance(value, str) and value.isdecimal() and len(value) < 20  # CSV
+    number = int(value) if in_words else value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= _LONGEST:
+        raise InvalidRequest(f"{place}: length must be a number of tokens, not {value!r:.40}; correct it")
     return number

@@ -123,7 +123,7 @@ class Other:
     otherwise, large batches fragment, and some samples come late."""
 
     speed: float
-    settings: Mapping[tuple[str, str], float]  # times the seconds of configs with this value of this setting
+    settings: Mapping[tuple[str, str], float]  # times the seconds that this value of this setting decides
     unfilled: float
     filled_tokens: float
     growth: float
@@ -136,13 +136,14 @@ class Other:
         config = point.config
         seconds = sum(s for kind, s in point.seconds_by_kind.items() if kind != "optimizer") * self.speed
         for name in (*_OTHER_SETTINGS, "allocator"):
-            seconds *= self.settings[name, str(getattr(config, name))]
+            if name != "optimizer":  # which has no part in a micro batch
+                seconds *= self.settings[name, str(getattr(config, name))]
         tokens = config.micro_batch_size * config.sequence_length
         unfilled = self.unfilled * self.filled_tokens / (self.filled_tokens + tokens)
         return seconds * (1 + unfilled) / config.gradient_accumulation_steps
 
     def optimizer_s(self, point: Point) -> float:
-        return point.seconds_by_kind["optimizer"] * self.speed
+        return point.seconds_by_kind["optimizer"] * self.speed * self.settings["optimizer", point.config.optimizer]
 
     def allocated_share(self, point: Point) -> float:
         return 1 + self.growth * _of_largest(point.config)

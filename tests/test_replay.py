@@ -52,10 +52,10 @@ def test_the_first_warm_probe_starts_the_worker_and_the_next_does_not() -> None:
 
 
 def test_a_probe_takes_its_start_a_warm_up_the_timed_micro_batches_and_the_optimizer() -> None:
-    executor = ReplayExecutor(with_times((1.0, 1.02, 0.98, 1.1, 1.0, 1.0, 1.0, 1.0)))
+    executor = ReplayExecutor(with_times((2.0, 2.04, 1.96, 2.2, 2.0, 2.0, 2.0, 2.0)))
     report = executor.probe(a_probe(a_config()))
-    assert report.micro_batch_times_s == (1.0, 1.02, 0.98, 1.1)  # more than four seconds say enough
-    assert report.wall_time_s == pytest.approx(FRESH_START_S + 1.0 + 4.1 + OPTIMIZER_S)
+    assert report.micro_batch_times_s == (2.0, 2.04, 1.96, 2.2)  # more than eight seconds say enough
+    assert report.wall_time_s == pytest.approx(FRESH_START_S + 2.0 + 8.2 + OPTIMIZER_S)
 
 
 def test_a_proof_is_a_fresh_process_with_three_steps_of_samples_that_no_probe_saw() -> None:

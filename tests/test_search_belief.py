@@ -33,7 +33,7 @@ def a_config(micro_batch_size: int = 4, **changes: object) -> TrainingConfig:
 
 
 def a_memory(allowed_gib: float = 24) -> MemoryBelief:
-    return MemoryBelief(GPU_DOUBT, allowed_gib * GIB, 16 * 1024)
+    return MemoryBelief(GPU_DOUBT, allowed_gib * GIB)
 
 
 def test_nothing_measured_leaves_predictions_as_they_are() -> None:
@@ -155,7 +155,7 @@ def test_out_of_memory_that_was_expected_teaches_next_to_nothing() -> None:
 
 
 def test_repeated_bounds_never_make_uncertainty_negative() -> None:
-    belief = MemoryBelief(CPU_DOUBT, 0.7 * GIB, 8 * 256)
+    belief = MemoryBelief(CPU_DOUBT, 0.7 * GIB)
     for size in (8, 4, 2, 1, 1, 1):
         belief.observe_at_least(a_config(size), 0.4 * GIB, 0.4 * GIB, 0.7 * GIB)
     assert np.all(np.linalg.eigvalsh(belief.variance) >= -1e-3)

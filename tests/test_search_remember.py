@@ -23,7 +23,7 @@ BESIDE = 1 * GIB + STUCK * 2 * GIB  # the context, and what of the cache is stuc
 
 
 def a_belief() -> MemoryBelief:
-    return MemoryBelief(GPU_DOUBT, 9 * GIB, 16 * 1024)
+    return MemoryBelief(GPU_DOUBT, 9 * GIB)
 
 
 def seen(**changes: object) -> Observation:

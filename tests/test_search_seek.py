@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from autotune.search.climb import Observation, Outcome, Proposal
-from autotune.search.seek import needed_bytes, seek, without_resorts
+from autotune.search.seek import seek, without_resorts
 from autotune.search.space import SearchSpace, build_space
 from autotune.values import (
     AllocatorSetting,
     Device,
     FitRequest,
     LossPath,
-    Prediction,
     TrainingConfig,
     Upcast,
 )
@@ -261,9 +260,3 @@ def test_a_wide_tolerance_stops_sooner() -> None:
     assert len(hasty.proposals) <= len(patient.proposals)
     assert hasty.outcome is not None
     assert "no other config is expected to gain" in hasty.outcome.stopped
-
-
-def test_what_cannot_be_given_back_is_what_is_needed() -> None:
-    expected = Prediction(peak_allocated_bytes=10, peak_reserved_bytes=14, device_used_bytes=20)
-    assert needed_bytes(expected) == 16
-    assert needed_bytes(Prediction(peak_allocated_bytes=10)) == 10

@@ -27,14 +27,16 @@ from autotune.search.belief import (
     oddities,
 )
 from autotune.search.climb import Observation, Outcome, Proposal, Steps
+from autotune.search.remember import needed_bytes, remember
 from autotune.search.space import SearchSpace, kept_layers, needs_at_least
 from autotune.values import AllocatorSetting, Device, LossPath, Prediction, TrainingConfig, Upcast
 
 SAFE = 0.9  # probability of fitting that the first probe, and any other without a fit so far, should have
-LIKELY = 0.7  # that a probe should have once something fits: an out-of-memory teaches little more
+LIKELY = 0.4  # that a probe should have once something fits: an out-of-memory teaches little more
 HOPELESS = 0.05  # below it a config is not probed, however fast
 WORTH_A_TRY = 0.1  # of the most likely config of a level, before the next level gives something up
-PATIENCE = 8  # probes after which one has to promise all of the tolerance; the first may promise less, in proportion
+PATIENCE = 6  # probes after which one has to promise all of the tolerance: before less, after more, in proportion
+RISKY = 0.3  # probability of that, from which on segments that grow are tried instead
 RETRIES_COST = 0.25  # of the step time, where the allocator has to give its cache back
 LESS_MEMORY = 0.005  # of speed, that a config with a smaller peak may be slower
 
@@ -115,9 +117,8 @@ class _Seeker:
         self.mix = levels[0].request.lengths
         doubt = CPU_DOUBT if device.kind == "cpu" else GPU_DOUBT
         self.time = TimeBelief(doubt)
-        most = max(size * levels[0].start.sequence_length for size in levels[0].micro_batch_sizes)
         allowed = predictor.allowed_bytes
-        self.memory = MemoryBelief(doubt, allowed, most) if allowed else None  # None: nothing is known to be the limit
+        self.memory = MemoryBelief(doubt, allowed) if allowed else None  # None: nothing is known to be the limit
         self.seen: dict[TrainingConfig, Observation] = {}
         self.probes = 0
         self.starts: list[float] = []
@@ -267,20 +268,8 @@ class _Seeker:
             self.time.observe(config, seconds, observation.step_time_s, noise)
         if observation.start_s is not None:
             self.starts.append(observation.start_s)
-        training = expected.training_peak_allocated_bytes or expected.peak_allocated_bytes
-        needed = needed_bytes(expected) - expected.peak_allocated_bytes + training
-        if self.memory is None:
-            return
-        if observation.fits and observation.peak_bytes:
-            measured = observation.needed_bytes or observation.peak_bytes + needed - training
-            self.memory.observe(config, needed, training, measured)
-            cached = (expected.peak_reserved_bytes or 0) - expected.peak_allocated_bytes
-            if observation.reserved_bytes and cached > 0.01 * expected.peak_allocated_bytes:
-                self.memory.observe_cache((observation.reserved_bytes - observation.peak_bytes) / cached)
-        elif observation.out_of_memory:
-            on_cpu = self.device.kind == "cpu"
-            wanted = (observation.wanted_bytes or 0) + (0.0 if on_cpu else needed - training)
-            self.memory.observe_at_least(config, needed, training, max(self.memory.allowed_bytes, wanted))
+        if self.memory is not None:
+            remember(self.memory, expected, observation, on_cpu=self.device.kind == "cpu")
 
     def choose(self, level: _Level) -> tuple[TrainingConfig, str] | str:
         """The next config and why, or why to stop."""
@@ -315,13 +304,16 @@ class _Seeker:
             if self.is_spared(level, config):
                 continue
             chances[config] = self.chance(level, config)
-            if chances[config] >= SAFE:
+            if chances[config] >= SAFE and self.retries(level, config) < RISKY:
                 return config, f"predicted fastest of those that fit ({len(configs)} in question)"
         if not chances:
             return _NOTHING
         likeliest = max(chances, key=lambda config: chances[config])
         if chances[likeliest] < WORTH_A_TRY:
             return _NOTHING
+        sure = next((config for config, chance in chances.items() if chance >= SAFE), None)
+        if sure is not None:
+            return sure, "predicted fastest of those that fit, if only by giving cached memory back"
         return likeliest, f"the most likely to fit ({chances[likeliest]:.0%})"
 
     def may_fit(self, level: _Level, config: TrainingConfig) -> bool:
@@ -349,11 +341,12 @@ class _Seeker:
         scores = gains / costs
         found: tuple[float, TrainingConfig, float, float] | None = None
         most = 0.0
-        enough = self.tolerance * min(1.0, len(self.seen) / PATIENCE)
+        enough = self.tolerance * len(self.seen) / PATIENCE
         for place in np.argsort(-scores, kind="stable"):
             place = int(place)
             config = configs[place]
             if gains[place] < enough or (found is not None and scores[place] <= found[0]):
+                most = max(most, float(gains[place]) if found is None else 0.0)
                 continue
             if config in level.out:
                 continue
@@ -451,7 +444,7 @@ class _Seeker:
         if chance < HOPELESS:
             self.hopeless.add(config)
             self.beyond.append(config)
-        elif chance >= LIKELY:
+        elif chance >= SAFE:
             self.spare(level, config)
         return chance
 
@@ -466,7 +459,7 @@ class _Seeker:
     def spare(self, level: _Level, config: TrainingConfig) -> None:
         """Leave out what only saves memory that is not needed: it runs the same kernels."""
         alike = [other for other in level.alike_but_resorts[without_resorts(config)] if other != config]
-        if self.retries(level, config) > 1 - LIKELY:
+        if self.retries(level, config) > RISKY:
             alike = [other for other in alike if _last_resorts(other) < _last_resorts(config)]
         elif config not in self.seen:
             alike = [other for other in alike if _last_resorts(other) >= _last_resorts(config)]
@@ -520,13 +513,6 @@ class _Seeker:
 
 
 _NOTHING = "nothing fits: every config that is allowed is predicted or was seen not to fit"
-
-
-def needed_bytes(expected: Prediction) -> float:
-    """What a whole run cannot do without, on the device: tensors and what none shows; cached memory is given back."""
-    if expected.device_used_bytes is None or expected.peak_reserved_bytes is None:
-        return float(expected.peak_allocated_bytes)
-    return float(expected.device_used_bytes - expected.peak_reserved_bytes + expected.peak_allocated_bytes)
 
 
 def _last_resorts(config: TrainingConfig) -> int:
