@@ -62,10 +62,10 @@ GPU_DOUBT = Doubt()
 #: (torch 2.13, AMD EPYC, 2 threads).
 CPU_DOUBT = Doubt(
     time=0.8,
-    kind=0.4,
-    size=0.15,
-    both=0.06,
-    config=0.02,
+    kind=0.3,
+    size=0.12,
+    both=0.03,
+    config=0.015,
     memory=0.05,
     memory_bytes=40.0 * MIB,
     token_bytes=0.15 * MIB,
