@@ -44,7 +44,6 @@ LESS_MEMORY = 0.005  # of speed, that a config with a smaller peak may be slower
 _START_S = {"cpu": 1.0}
 _USUAL_START_S = 3.0
 _MICRO_BATCHES = 6  # of a probe: one to warm up, the timed ones
-_FREE = ("micro_batch_size", "gradient_accumulation_steps", "sequence_length", "allocator", "eval_micro_batch_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +72,6 @@ class _Level:
     memory: dict[TrainingConfig, Prediction] = field(default_factory=dict)
     out: set[TrainingConfig] = field(default_factory=set)  # untraceable, or known not to run
     alike: dict[tuple[object, ...], list[TrainingConfig]] = field(default_factory=dict)  # by settings
-
     alike_but_resorts: dict[TrainingConfig, list[TrainingConfig]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,6 +168,13 @@ class _Seeker:
         self.take_at_hand(level)
         self.bound(level)
         return bool(level.seconds)
+
+    def rule_out(self, level: _Level) -> None:
+        """From the smallest micro batch up, see whether what takes least may fit: where not, nothing larger does."""
+        for size in sorted({config.micro_batch_size for config in level.configs}):
+            least = smallest(level, next(c for c in level.configs if c.micro_batch_size == size))
+            if least in level.seconds and self.chance(level, least) < HOPELESS:
+                return
 
     def _two_sizes(self, level: _Level) -> list[TrainingConfig]:
         """A config of one sample and one of several: they have traces of their own."""
@@ -274,6 +279,8 @@ class _Seeker:
     def choose(self, level: _Level) -> tuple[TrainingConfig, str] | str:
         """The next config and why, or why to stop."""
         best = self.best(level)
+        if best is None:
+            self.rule_out(level)
         for config in self.fits_of(level):
             self.spare(level, config)
         while True:
