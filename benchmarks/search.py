@@ -25,6 +25,7 @@ from autotune.errors import UsageError
 from autotune.hardware.sizes import format_bytes, parse_bytes
 from autotune.landscape import Landscape, limited, problems, read_landscape
 from autotune.values import to_json
+from benchmarks.distortion import FAMILIES
 from benchmarks.records import one_line_errors, usable_cores, write_record
 from benchmarks.replay import Recorded, seconds_of
 from benchmarks.search_report import bars, numbers, report, summaries, svg_of
@@ -70,12 +71,14 @@ def about(recorded: Recorded) -> dict[str, Any]:
 # Landscapes and tasks
 
 
-def all_landscapes(files: Sequence[Path], limits: Sequence[int | None], seed: int) -> Iterator[Landscape]:
+def all_landscapes(
+    files: Sequence[Path], limits: Sequence[int | None], seed: int, distortion: str = "usual"
+) -> Iterator[Landscape]:
     """Of the files, else all kept here and simulated ones; one for each length and limit (None: as recorded).
 
     Raises `InvalidRequest`.
     """
-    for landscape in _read(files, seed):
+    for landscape in _read(files, seed, distortion):
         for one in problems(landscape):
             for limit in limits:
                 yield one if limit is None else _under(one, limit)
@@ -91,14 +94,14 @@ def limit_of(text: str) -> int | None:
     return None if text == "card" else parse_bytes(text)
 
 
-def _read(files: Sequence[Path], seed: int) -> Iterator[Landscape]:
+def _read(files: Sequence[Path], seed: int, distortion: str) -> Iterator[Landscape]:
     if files:
         yield from map(read_landscape, files)
         return
     from benchmarks.simulated import landscapes
 
     yield from map(read_landscape, sorted(MEASURED.glob("*.jsonl")))
-    yield from landscapes(seed)
+    yield from landscapes(seed, distortion=distortion)
 
 
 def tasks_of(
@@ -213,6 +216,13 @@ def _version(package: str) -> str | None:
 @click.option("--seeds", type=Whole(1, 1000), default=3, show_default=True, help="Of the searchers that draw.")
 @click.option("--simulated-seed", type=int, default=0, show_default=True, help="Of the simulated landscapes.")
 @click.option(
+    "--distortion",
+    type=click.Choice(tuple(FAMILIES)),
+    default="usual",
+    show_default=True,
+    help="How simulated cards differ from what is predicted.",
+)
+@click.option(
     "--gp-landscapes",
     type=Whole(0, 10**6),
     default=GP_LANDSCAPES,
@@ -230,6 +240,7 @@ def main(
     searcher: str | None,
     seeds: int,
     simulated_seed: int,
+    distortion: str,
     gp_landscapes: int,
     cold: bool,
     jobs: int,
@@ -241,7 +252,7 @@ def main(
     results: list[Result] = []
     with one_line_errors():
         names = searchers_of(searcher)
-        found = all_landscapes([*landscape, *more], [limit_of(limit) for limit in limits], simulated_seed)
+        found = all_landscapes([*landscape, *more], [limit_of(limit) for limit in limits], simulated_seed, distortion)
         tasks = tasks_of(found, names, seeds, gp_landscapes, cold=cold)
         for number, (what, some) in enumerate(run_tasks(tasks, jobs), 1):
             click.echo(f"{number}/{len(tasks)} {what['name']}", err=True)
