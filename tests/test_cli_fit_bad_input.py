@@ -307,7 +307,7 @@ WRONG: dict[str, tuple[Sequence[str], int, str]] = {
     ),
     "no such space": (["--space", "absent.yaml"], 1, "absent.yaml cannot be read"),
     "a folder as a space": (["--space", "folder"], 1, "it is a folder"),
-    "a space of text": (["--space", "there.yaml"], 1, "holds no keys"),
+    "a space of text": (["--space", "there.yaml"], 1, "holds no keys: write lines such as micro_batch_size: 4"),
     "a space with a typo": (["--space", "space_typo.yaml"], 1, "did you mean gradient_checkpointing?"),
     "a space too deep": (["--space", "space_deep.yaml"], 1, "'fix' holds more than one value or a list of names"),
     "a space with a field of nothing": (["--space", "space_none.yaml"], 1, "loss has no values"),

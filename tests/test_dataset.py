@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -57,6 +58,8 @@ def test_samples_are_counted(tmp_path: Path, name: str, content: str, samples: i
         ("a.csv", b"text\n", "holds no samples"),
         ("a.csv", b'text\n"open', "is not CSV"),
         ("a.csv", b"text\n\xff", "is not UTF-8"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1: holds a number without end"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "holds a number without end"),
         ("a.parquet", b"PAR1", "is not a parquet file"),
         ("a.arrow", b"ARROW1", "is not an arrow file"),
         ("a.xlsx", b"x", r"give one of \.arrow, \.csv, \.json, \.jsonl"),
@@ -77,6 +80,9 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
         describe_dataset(tmp_path / "none.jsonl")
     with pytest.raises(InvalidRequest, match=r"a folder without \.arrow files"):
         describe_dataset(tmp_path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InvalidRequest, match=r"pipe\.jsonl: is no regular file; write what it gives to one"):
+        describe_dataset(tmp_path / "pipe.jsonl")
 
 
 @pytest.mark.parametrize("where", ["a.arrow", "train/data-00000-of-00002.arrow"])

@@ -124,6 +124,8 @@ def test_many_samples_become_64_slices_that_keep_the_mean(tmp_path: Path) -> Non
         ([{"input_ids": [1]}, {"text": "a"}], "line 2: input_ids must be a list of tokens, not NoneType"),
         ([{"length": -1}], "line 1: length must be a number of tokens, not -1"),
         ([{"length": 1.5}], "length must be a number of tokens, not 1.5"),
+        ([{"length": 10**30}], "length must be a number of tokens, not 1000"),
+        ([{"length": "9" * 5000}], "length must be a number of tokens, not '999"),
         ([{"text": ""}, {"text": None}], "not one of its 2 samples holds a token"),
         ([{"input_ids": []}], "not one of its 1 samples holds a token"),
         ([{"length": 0}], "not one of its 1 samples holds a token"),
