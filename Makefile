@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 # Without this, torch's and bitsandbytes' thread pools can spin against each other on a loaded machine (docs/log.md).
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: fit test check lint gpu-fit gpu-memory probe-cost kill-fit clean
+.PHONY: fit test check lint gpu-fit gpu-memory gpu-search probe-cost kill-fit clean
 
 fit: $(VENV)/.installed
 	$(BIN)/autotune fit --gpu $(GPU)
@@ -30,6 +30,10 @@ gpu-fit: $(VENV)/.installed
 # Predicted beside measured, config by config, three models; raw JSON and an allocator history under benchmarks/results/.
 gpu-memory: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu_memory --gpu $(GPU) --output $(RESULTS)
+
+# Landscapes of Llama-3-8B's shape, searches replayed on them, fits live, others' settings; the same again goes on.
+gpu-search: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_search --gpu $(GPU) --output $(RESULTS)
 
 probe-cost: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.probe_cost --output $(RESULTS)
