@@ -88,13 +88,17 @@ _PRIOR_SAMPLES = 2.0  # that this counts for
 
 
 def noise_of(times_s: Sequence[float]) -> float:
-    """Uncertainty of the median of these times, a fraction: from their own scatter and what is usual."""
+    """Uncertainty of the median of these times, a fraction: from their own scatter and what is usual.
+
+    Scatter is the median absolute deviation, which one disturbed sample does not move.
+    """
     if not times_s:
         return NOISE
     middle = float(np.median(times_s))
-    squares = sum((time / middle - 1.0) ** 2 for time in times_s)
-    scatter = math.sqrt((squares + _PRIOR_SAMPLES * NOISE**2) / (len(times_s) - 1 + _PRIOR_SAMPLES))
-    return 1.25 * scatter / math.sqrt(len(times_s))  # 1.25: of a median against a mean
+    scatter = 1.4826 * float(np.median([abs(time / middle - 1.0) for time in times_s]))
+    samples = len(times_s) - 1
+    variance = (samples * scatter**2 + _PRIOR_SAMPLES * NOISE**2) / (samples + _PRIOR_SAMPLES)
+    return 1.25 * math.sqrt(variance / len(times_s))  # 1.25: of a median against a mean
 
 
 @dataclass(frozen=True, slots=True)
