@@ -154,6 +154,13 @@ def test_out_of_memory_that_was_expected_teaches_next_to_nothing() -> None:
     assert belief.needs(a_config(), 20 * GIB, 19 * GIB)[0] == pytest.approx(20 * GIB, rel=0.001)
 
 
+@pytest.mark.parametrize("bound_gib", [9, 12, 20, 60])
+def test_the_more_surprising_an_out_of_memory_the_more_it_moves(bound_gib: float) -> None:
+    belief = a_memory()
+    belief.observe_at_least(a_config(4), 8 * GIB, 7 * GIB, bound_gib * GIB)
+    assert bound_gib * GIB * 0.99 < belief.needs(a_config(4), 8 * GIB, 7 * GIB)[0] < bound_gib * GIB * 1.1
+
+
 def test_repeated_bounds_never_make_uncertainty_negative() -> None:
     belief = MemoryBelief(CPU_DOUBT, 0.7 * GIB)
     for size in (8, 4, 2, 1, 1, 1):

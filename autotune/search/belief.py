@@ -294,9 +294,13 @@ class MemoryBelief:
         row = self._row(config, allocated_bytes)
         middle, sd = self.needs(config, predicted_bytes, allocated_bytes)
         cut = (bound_bytes - middle) / sd
-        hazard = _density(cut) / max(1.0 - normal_below(cut), 1e-12) if cut < 6 else cut
+        if cut < 6:
+            hazard = _density(cut) / (1.0 - normal_below(cut))
+            share = 1 - hazard * (hazard - cut)
+        else:  # where rounding leaves nothing of the tail: its series' first terms
+            hazard, share = cut + 1 / cut, 1 / cut**2
         mean = middle + sd * hazard
-        variance = max(sd**2 * (1 - hazard * (hazard - cut)), 1e-4 * sd**2)
+        variance = max(share, 1e-4) * sd**2
         precision = 1 / variance - 1 / sd**2
         if precision <= 0:
             return
