@@ -203,7 +203,7 @@ class _Fit:
         if best is not None and self.request.lengths and (packed := packed_to_try(self.request, best.config)):
             tried = self.measure(packed, "the answer with packed rows, to compare")
             notes.append(packed_line(best, tried, self.request.lengths))
-        return self.recommend(best, notes=tuple(notes), from_database=self.probes == 0)
+        return self.recommend(best, notes=tuple(notes), from_database=self.probes == 0 and bool(self.trials))
 
     def seek(
         self,

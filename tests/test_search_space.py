@@ -275,6 +275,8 @@ def test_packed_configs_take_as_many_samples_to_a_step_in_fewer_rows() -> None:
     space = a_space(a_gpu(), EVERYTHING, allow_near=True, lengths=MIX)
     packed = [config for config in space.configs() if config.packing]
     assert {config.effective_batch_size for config in packed if config.attention is Attention.SDPA} < {3, 4, 5}
+    fixed = a_space(a_gpu(), EVERYTHING, allow_near=True, lengths=MIX, fixed=(("packing", True),))
+    assert fixed.legal(fixed.start) is None
     with_another_batch = replace(packed[0], gradient_accumulation_steps=50)
     assert "another batch" in (space.legal(with_another_batch) or "")
 

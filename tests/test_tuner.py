@@ -19,6 +19,7 @@ from autotune.values import (
     FitRequest,
     FitStatus,
     Judgement,
+    LengthMix,
     Origin,
     Prediction,
     ProbeReport,
@@ -103,6 +104,22 @@ def test_fit_proves_its_winner_in_a_fresh_worker_with_three_steps() -> None:
     assert result.proof is not None
     assert result.proof.origin is Origin.PROOF
     assert result.proof.config == last.config
+
+
+def test_a_fit_without_predictions_may_be_fixed_to_packed_rows() -> None:
+    mix = LengthMix(
+        quantiles=(32.0, 64.0, 128.0, 256.0), samples=400, longest=256, longest_untruncated=256, truncated=0
+    )
+    request = limited(1500, fixed=(("packing", True),), allow_near=True, lengths=mix)
+    result = Scene(request=request).fit()
+    assert result.proof is not None
+    assert result.proof.config.packing
+    assert result.proof.config.effective_batch_size < 8
+
+
+def test_what_was_never_run_is_not_said_to_be_known() -> None:
+    scene = Scene()
+    assert not scene.fit(max_probes=0).from_database
 
 
 def test_fit_meets_out_of_memory_and_steps_down() -> None:

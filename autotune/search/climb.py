@@ -7,7 +7,7 @@ at the wall the ladder's exact moves make room; each setting is tried at the bes
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias, TypeVar
 
 from autotune.protocols import Strategy
@@ -304,7 +304,12 @@ class _Climber:
 
     def moves(self, config: TrainingConfig) -> tuple[str, ...]:
         """How `config` differs from the request's start, in the ladder's names; the micro batch is no move."""
-        changes = _changes(self.space.resize(self.request.start, config.micro_batch_size), config)
+        before = replace(
+            self.request.start,
+            micro_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )
+        changes = _changes(before, config)
         names = [self.named.get(change, f"{change[0]}={change[1]}") for change in changes]
         return tuple(dict.fromkeys(names))
 

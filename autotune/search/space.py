@@ -104,11 +104,13 @@ class SearchSpace:
         return self.resize(replace(self.start, **settings), micro_batch_size)
 
     def resize(self, config: TrainingConfig, micro_batch_size: int) -> TrainingConfig:
-        """`config` at another micro batch size and the same effective batch size. Raises ValueError as above."""
+        """`config` at another micro batch size, in fewer rows where it packs, with as many samples to a step.
+
+        Raises ValueError as above.
+        """
         if micro_batch_size not in self.sizes:
             raise ValueError(f"micro_batch_size must be one of {self.sizes}, not {micro_batch_size!r}")
-        steps = accumulation(self.samples, micro_batch_size)
-        return replace(config, micro_batch_size=micro_batch_size, gradient_accumulation_steps=steps)
+        return self._sized(config, micro_batch_size)
 
     def legal(self, config: TrainingConfig) -> str | None:
         """Why `config` may not be tried, or None where it may."""
@@ -192,19 +194,18 @@ def build_space(request: FitRequest, device: Device, *, installed: Collection[st
     settings = {name: climb or values[name][:1] for name, climb in climbs.items()}
     own: dict[str, Any] = {name: settings.get(name, of_it)[0] for name, of_it in values.items()}
     sizes = sizes or others  # a climber then goes over those
-    return SearchSpace(
+    space = SearchSpace(
         request=request,
         device=device,
         installed=packages,
-        start=replace(
-            wanted, micro_batch_size=sizes[0], gradient_accumulation_steps=accumulation(samples, sizes[0]), **own
-        ),
+        start=replace(wanted, **own),
         micro_batch_sizes=sizes,
         near_sizes=others,
         settings=settings,
         joint=values,
         excluded=excluded,
     )
+    return replace(space, start=space.resize(space.start, sizes[0]))
 
 
 def _that_run(
