@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import os
 import types
 import typing
@@ -28,6 +27,7 @@ SCHEMA = "autotune.landscape/1"
 _START = f'{{"schema": "{SCHEMA}"'.encode()  # of every file that a writer began
 _VERDICTS = (Verdict.FITS, Verdict.DEVICE_OOM, Verdict.SPILL)
 _LONGEST = 60  # characters of a value in a message
+_MOST = 1e9  # of seconds, factors and watts
 
 T = TypeVar("T")
 
@@ -209,6 +209,8 @@ def _within(row: Row, allowed_bytes: int, name: str) -> Row:
 
 def _bytes_of(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a device would be read without end
+            raise InvalidRequest(f"{path} is no regular file: give a landscape, as `autotune sweep` writes them")
         return path.read_bytes()
     except OSError as error:
         raise InvalidRequest(
@@ -347,7 +349,7 @@ def _fault_of_scalar(kind: Any, data: Any, name: str) -> str | None:
     right = number and (kind is float or isinstance(data, int)) if kind in (int, float) else isinstance(data, kind)
     if not right:
         return f"{name} must be {_WORDS[kind]}, not {_shown(data)}"
-    if number and not (abs(data) < 1e30 and math.isfinite(data)):
+    if number and not abs(data) < (_MOST if kind is float else 10**30):  # of nan nothing is true
         return f"{name} must be a finite number of use, not {_shown(data)}"
     if number and data < 0:
         return f"{name} must not be below 0, and is {_shown(data)}"

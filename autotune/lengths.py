@@ -242,7 +242,7 @@ def _listed(row: dict[str, Any], place: str) -> int:
 def _length(row: dict[str, Any], place: str) -> int:
     value = row.get("length")
     in_words = isinstance(value, str) and value.isdecimal() and len(value) < 20  # CSV
-    number = int(value) if in_words else value
+    number = int(str(value)) if in_words else value
     if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= _LONGEST:
         raise InvalidRequest(f"{place}: length must be a number of tokens, not {value!r:.40}; correct it")
     return number

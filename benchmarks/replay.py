@@ -39,6 +39,7 @@ PROBE_BATCHES = 6  # timed by a probe at most; recorded samples beyond are for p
 FORWARD = 1 / 3  # of a micro batch's time: the backward takes twice the forward's
 _PROOF_BATCHES = 2  # micro batches to a proof's step, as the worker takes them
 _EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
+_LONGEST_S = 1e11  # of a clock: calendars end in the year 9999
 
 #: What is learned: a row that differs from the request in one of these is no answer to it.
 _LEARNED = (
@@ -263,7 +264,7 @@ class ReplayExecutor:
         return self.clock_s
 
     def now_utc(self) -> str:
-        return (_EPOCH + timedelta(seconds=self.clock_s)).isoformat()
+        return (_EPOCH + timedelta(seconds=min(self.clock_s, _LONGEST_S))).isoformat()
 
     def _finished(self, row: Row, request: ProbeRequest) -> ProbeReport:
         timed = self._proof(row, request) if request.proof else self._timed(row, request)

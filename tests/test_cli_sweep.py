@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 import pytest
 
-from autotune.cli import fit, sweep
+from autotune.cli import fit, sweep, sweep_run
 from autotune.cli.fit_request import build_request
 from autotune.cli.sweep_run import check_same, request_of
 from autotune.errors import InvalidRequest
@@ -152,6 +152,8 @@ def write(path: Path, *values: Header | Row) -> None:
         (["--output", "."], 1, "is a folder"),
         (["--output", "there.yaml"], 1, "there.yaml exists and is no landscape"),
         (["--optuna", "there.yaml"], 1, "there.yaml exists and is no storage of Optuna"),
+        (["--optuna", "l.jsonl", "--output", "l.jsonl"], 2, "--optuna and --output are both l.jsonl"),
+        (["--set", "optimizer=adamw_tosch"], 2, "the grid's optimizer adamw_tosch is not known"),
         (["--micro-batches", "0"], 2, "1 or more"),
         (["--max-configs", "0"], 2, "1 or more"),
     ],
@@ -202,3 +204,18 @@ def test_free_memory_and_the_programs_own_version_may_differ() -> None:
     assert HEADER.environment is not None
     environment: Environment = replace(HEADER.environment, autotune="9.9")
     check_same(replace(HEADER, name="x", device=device, environment=environment, fresh_start_s=1.0), HEADER, Path("l"))
+
+
+@pytest.mark.slow
+def test_rows_that_another_sweep_wrote_meanwhile_are_not_measured_twice(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = terminal.folder / "l.jsonl"
+    asked = [*command(tiny_model(terminal.folder), output, "--no-prediction")[len(PROGRAM) :], "--max-configs", "1"]
+    assert terminal.run(*asked).code == 0
+    before = output.read_bytes()
+    monkeypatch.setenv("AUTOTUNE_HOME", str(terminal.home))
+    monkeypatch.setattr(sweep_run, "_begun", lambda path: None)  # as it was before the other one
+    with pytest.raises(InvalidRequest, match="has grown meanwhile: give the same command again"):
+        sweep.command.main(asked[1:], standalone_mode=False)
+    assert output.read_bytes() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,10 @@ BAD: list[tuple[list[Any], str]] = [
         "line 2: startup_s must be a finite number of use, not NaN",
     ),
     (
+        [document(HEADER), document(a_row(), startup_s=1e20)],
+        "line 2: startup_s must be a finite number of use, not 1e+20",
+    ),
+    (
         [
             document(HEADER),
             document(a_row(), predicted={"peak_allocated_bytes": 1, "seconds_by_kind": {"a": "b"}}),
@@ -210,6 +215,13 @@ def test_a_missing_file_and_a_folder_are_one_line(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(InvalidRequest, match="cannot be read"):
             read_landscape(path)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="a file without end")
+@pytest.mark.parametrize("read", [read_landscape, read_begun])
+def test_a_device_is_not_read_without_end(read: Callable[[Path], object]) -> None:
+    with pytest.raises(InvalidRequest, match="/dev/zero is no regular file"):
+        read(Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("kept", [1, 2])

@@ -51,6 +51,14 @@ def test_the_first_warm_probe_starts_the_worker_and_the_next_does_not() -> None:
     assert executor.clock_s == pytest.approx(first.wall_time_s + second.wall_time_s)
 
 
+def test_recorded_seconds_may_lead_past_the_end_of_the_calendar() -> None:
+    executor = ReplayExecutor(with_times((9e8,) * 8))
+    for _ in range(150):
+        executor.probe(a_probe(a_config(), proof=True))
+    assert executor.clock_s > 3e11
+    assert executor.now_utc() < "9999"
+
+
 def test_a_probe_takes_its_start_a_warm_up_the_timed_micro_batches_and_the_optimizer() -> None:
     executor = ReplayExecutor(with_times((2.0, 2.04, 1.96, 2.2, 2.0, 2.0, 2.0, 2.0)))
     report = executor.probe(a_probe(a_config()))

@@ -19,14 +19,15 @@ from autotune.cli.bench import open_bench, optional_packages, read_checked_envir
 from autotune.cli.fit_request import build_request, choose_device
 from autotune.cli.sweep_progress import SweepProgress
 from autotune.cli.words import describe, say
-from autotune.errors import InvalidRequest
+from autotune.errors import InvalidRequest, UsageError
 from autotune.grid import Grid, Plan, parse_grid, plan_of_grid, plan_of_space, read_grid
+from autotune.hardware.environment import is_own_python
 from autotune.landscape import Header, Landscape, LandscapeWriter, Row, read_begun
 from autotune.probe.predictor import FitPredictor
 from autotune.search.export_study import check_storage, speed_of, trials_of, write_study
 from autotune.sweep import Failed, Sweep
 from autotune.values import Device, Environment, FitRequest, Verdict, to_json
-from autotune.workload.models import check_sequence_length
+from autotune.workload.models import check_optimizer, check_sequence_length
 from gpu_db.anonymous import public_model_name
 
 SCHEMA = "autotune.sweep/1"
@@ -60,11 +61,16 @@ def run(options: dict[str, Any]) -> None:
     grid = _grid(options)
     begun = _begun(options["output"])
     if options["study_file"]:
+        if options["study_file"] == options["output"]:
+            raise UsageError(f"--optuna and --output are both {options['output']}: give one of them another name")
         check_storage(options["study_file"])
     device = choose_device(options["gpu"], options["python"])
     request, headroom = request_of(options, grid, device)
     for length in grid.get("sequence_length", ()):
         check_sequence_length(request.model, length)
+    if is_own_python(options["python"]):
+        for optimizer in grid.get("optimizer", ()):
+            check_optimizer(optimizer, option="the grid's optimizer")
     installed = optional_packages(options["python"])
     plan = plan_of_grid(grid, request, device, installed) if grid else plan_of_space(request, device, installed)
     asked = Asked(
@@ -116,7 +122,9 @@ def _sweep(asked: Asked, begun: Landscape | None, stopped: Callable[[], bool]) -
     try:
         if todo:
             progress = SweepProgress(device, asked.request, todo=len(todo), known=len(asked.plan.configs) - len(todo))
-            with _opened(asked, environment, stopped, progress) as sweep, LandscapeWriter(path) as file:
+            with LandscapeWriter(path) as file, _opened(asked, environment, stopped, progress) as sweep:
+                if read_begun(path) != begun:  # by another sweep, before this one had the file
+                    raise InvalidRequest(f"{path} has grown meanwhile: give the same command again")
                 start_s = sweep.start_worker(todo[0])
                 if begun is None:
                     file.append(replace(header, fresh_start_s=start_s))
