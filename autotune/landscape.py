@@ -112,7 +112,8 @@ class LandscapeWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with self._explained():  # what a full disk did not take is tried again here
+            self._file.close()
 
     def append(self, value: Header | Row) -> None:
         """The header first, then the rows."""

@@ -272,6 +272,28 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         LandscapeWriter(tmp_path / "no folder" / "l.jsonl")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+def test_a_disk_that_fills_up_is_one_line_and_costs_its_row_alone(tmp_path: Path) -> None:
+    import resource
+
+    path, before = tmp_path / "l.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    written(path, HEADER)
+
+    def write_on() -> None:
+        with LandscapeWriter(path) as file:
+            file.append(OOM)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        with pytest.raises(InvalidRequest, match=r"l\.jsonl cannot be written .*make room"):
+            write_on()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    begun = read_begun(path)
+    assert begun is not None
+    assert begun == replace(LANDSCAPE, rows=())
+
+
 def test_each_length_is_a_problem_of_its_own() -> None:
     rows = (a_row(), a_row(sequence_length=32), a_row(sequence_length=32, micro_batch_size=2))
     short, long = problems(Landscape(header=HEADER, rows=rows))
