@@ -203,6 +203,10 @@ class _Fit:
         if best is not None and self.request.lengths and (packed := packed_to_try(self.request, best.config)):
             tried = self.measure(packed, "the answer with packed rows, to compare")
             notes.append(packed_line(best, tried, self.request.lengths))
+        took_s = self.seams.monotonic() - self.began
+        if best is not None and bounds.budget_s is not None and took_s > bounds.budget_s:
+            why = "predictions, a probe and its proof are made, however long they take"
+            notes.append(f"it took {took_s:.0f} s, more than --budget {bounds.budget_s:g}s: {why}")
         return self.recommend(best, notes=tuple(notes), from_database=self.probes == 0 and bool(self.trials))
 
     def seek(

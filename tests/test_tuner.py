@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from autotune.errors import Interrupted, ProbeFailed
+from autotune.errors import Interrupted, InvalidRequest, ProbeFailed
 from autotune.recommendation import closest_trial, fit_document, fit_file_document, headroom_bytes, outlook
 from autotune.tuner import Seams, fit, request_id
 from autotune.values import (
@@ -72,12 +72,13 @@ class Scene:
     request: FitRequest = field(default_factory=lambda: limited(1500))
 
     predictor: Any = None
+    tick_s: int = 1  # the clock advances so much each time it is read
 
     def __post_init__(self) -> None:
         self.watcher = Watcher(self.store)
 
     def fit(self, **options: Any) -> Recommendation:
-        clock = itertools.count()
+        clock = itertools.count(step=self.tick_s)
         seams = Seams(
             executor=self.executor,
             store=self.store,
@@ -120,6 +121,22 @@ def test_a_fit_without_predictions_may_be_fixed_to_packed_rows() -> None:
 def test_what_was_never_run_is_not_said_to_be_known() -> None:
     scene = Scene()
     assert not scene.fit(max_probes=0).from_database
+
+
+def test_a_budget_below_one_probe_is_refused_before_any() -> None:
+    scene = Scene()
+    with pytest.raises(InvalidRequest, match=r"--budget 2s is too small for one probe, which takes about 3 s here"):
+        scene.fit(budget_s=2.0)
+    assert scene.executor.probes == 0
+
+
+def test_a_spent_budget_ends_in_a_proof_and_what_it_took_more_is_said() -> None:
+    roomy = limited(4000)
+    whole, cut = Scene(request=roomy).fit(), Scene(request=roomy, tick_s=10).fit(budget_s=3.0)
+    assert cut.proof is not None
+    assert cut.probes < whole.probes
+    assert [note for note in cut.notes if "more than --budget 3s" in note]
+    assert not [note for note in Scene().fit(budget_s=1e6).notes if "budget" in note]
 
 
 def test_fit_meets_out_of_memory_and_steps_down() -> None:
