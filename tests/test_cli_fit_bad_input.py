@@ -255,7 +255,11 @@ WRONG: dict[str, tuple[Sequence[str], int, str]] = {
     "plot into a missing folder": (["--plot", "absent/fit.svg"], 1, "another --plot"),
     "plot over a file": (["--plot", "there.yaml"], 1, "another --plot"),
     "plot over a folder": (["--plot", "folder", "--force"], 1, "--plot folder is a folder"),
-    "plot where the output goes": (["--plot", "fit.yaml", "--output", "fit.yaml"], 2, "--plot and --output"),
+    "plot where the output goes": (
+        ["--plot", "./fit.yaml", "--output", "folder/../fit.yaml"],
+        2,
+        "--plot and --output",
+    ),
     "output of two lines": (["--output", "a\nb/fit.yaml"], 1, r"a\nb is no folder"),
     "no interpreter": (["--python", "./absent"], 1, "give --python the interpreter"),
     "an interpreter that is a folder": (["--python", "./folder"], 1, "give --python the interpreter"),

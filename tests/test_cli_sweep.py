@@ -152,7 +152,7 @@ def write(path: Path, *values: Header | Row) -> None:
         (["--output", "."], 1, "is a folder"),
         (["--output", "there.yaml"], 1, "there.yaml exists and is no landscape"),
         (["--optuna", "there.yaml"], 1, "there.yaml exists and is no storage of Optuna"),
-        (["--optuna", "l.jsonl", "--output", "l.jsonl"], 2, "--optuna and --output are both l.jsonl"),
+        (["--optuna", "folder/../l.jsonl", "--output", "l.jsonl"], 2, "--optuna and --output are both l.jsonl"),
         (["--set", "optimizer=adamw_tosch"], 2, "the grid's optimizer adamw_tosch is not known"),
         (["--micro-batches", "0"], 2, "1 or more"),
         (["--max-configs", "0"], 2, "1 or more"),

@@ -137,6 +137,7 @@ def command(**options: Any) -> None:
     Example:
       autotune fit --gpu auto
       autotune fit --model Qwen/Qwen2.5-7B --sequence-length 4096 --memory-limit 12GiB --output fit.yaml
+      autotune fit --dataset train.jsonl --fix attention=sdpa --exclude loss=liger --budget 10min
     """
     from autotune.cli import fit_run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ def check_files(options: dict[str, Any]) -> None:
         path = options[name]
         if path is None:
             continue
-        if path in asked:
-            raise UsageError(f"{option} and {asked[path]} are both {path}: give one of them another name")
-        asked[path] = option
+        place = Path(os.path.realpath(path))  # ./a and a are one
+        if place in asked:
+            raise UsageError(f"{option} and {asked[place]} are both {path}: give one of them another name")
+        asked[place] = option
         if option == "--optuna" and path.is_file():
             check_storage(path)  # --force does not overwrite what is no study
         _check_output(path, option, force=options["force"])

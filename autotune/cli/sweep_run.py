@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -61,7 +62,7 @@ def run(options: dict[str, Any]) -> None:
     grid = _grid(options)
     begun = _begun(options["output"])
     if options["study_file"]:
-        if options["study_file"] == options["output"]:
+        if os.path.realpath(options["study_file"]) == os.path.realpath(options["output"]):
             raise UsageError(f"--optuna and --output are both {options['output']}: give one of them another name")
         check_storage(options["study_file"])
     device = choose_device(options["gpu"], options["python"])
