@@ -28,6 +28,7 @@ _START = f'{{"schema": "{SCHEMA}"'.encode()  # of every file that a writer began
 _VERDICTS = (Verdict.FITS, Verdict.DEVICE_OOM, Verdict.SPILL)
 _LONGEST = 60  # characters of a value in a message
 _MOST = 1e9  # of seconds, factors and watts
+_MOST_SAMPLES = 2**20  # of an optimizer step, as a fit may ask
 
 T = TypeVar("T")
 
@@ -249,7 +250,10 @@ def _header(place: str, line: bytes) -> Header:
     if (schema := data.get("schema")) != SCHEMA:
         said = f"its schema is {_shown(schema)}" if "schema" in data else "it has no schema"
         raise InvalidRequest(f"{place}: {said}, not {SCHEMA!r}: give a landscape, as `autotune sweep` writes them")
-    return _value(Header, data, place)
+    header = _value(Header, data, place)
+    if header.start.effective_batch_size > _MOST_SAMPLES:
+        raise InvalidRequest(f"{place}: start has more than {_MOST_SAMPLES:,} samples to an optimizer step: correct it")
+    return header
 
 
 def _row(place: str, line: bytes) -> Row:
@@ -264,6 +268,11 @@ def _row(place: str, line: bytes) -> Row:
             raise InvalidRequest(f"{place}: {name} must be empty where the verdict is device_oom")
     if not all(time > 0 for time in row.micro_batch_times_s):
         raise InvalidRequest(f"{place}: micro_batch_times_s must hold seconds above 0")
+    if row.true_step_time_s == 0:
+        raise InvalidRequest(f"{place}: true_step_time_s must be above 0, or null where it is not known")
+    kinds = row.predicted.seconds_by_kind if row.predicted else None
+    if kinds and not sum(kinds.values()) > 0:
+        raise InvalidRequest(f"{place}: predicted.seconds_by_kind must add up to more than 0, or be left out")
     return row
 
 

@@ -192,6 +192,15 @@ BAD: list[tuple[list[Any], str]] = [
         ],
         'line 2: predicted.seconds_by_kind.a must be a number, not "b"',
     ),
+    ([document(HEADER), document(a_row(), true_step_time_s=0)], "line 2: true_step_time_s must be above 0"),
+    (
+        [document(HEADER), document(a_row(), predicted={"peak_allocated_bytes": 1, "seconds_by_kind": {"a": 0}})],
+        "line 2: predicted.seconds_by_kind must add up to more than 0",
+    ),
+    (
+        [document(replace(HEADER, start=replace(HEADER.start, micro_batch_size=10**9)))],
+        "line 1: start has more than 1,048,576 samples to an optimizer step",
+    ),
     (
         [document(HEADER), document(OOM), document(a_row()), document(OOM)],
         "line 4: config is the same as in line 2",
