@@ -150,10 +150,9 @@ class _Fit:
 
     def known_answer(self) -> Recommendation | None:
         """From the store: at once where environment and free memory still allow it, else after one proving probe."""
-        proofs = [t for t in self.stored if t.origin is Origin.PROOF and t.judgement.verdict is Verdict.FITS]
-        if not proofs:
+        last = last_answer(self.stored)
+        if last is None:
             return None
-        last = proofs[-1]
         same = last.environment.fingerprint == self.environment.fingerprint
         if same and has_room(self.device, last, self.headroom_bytes):
             self.trials = [t for t in self.stored if t.environment.fingerprint == self.environment.fingerprint]
@@ -487,6 +486,17 @@ class _Fit:
             out_of_memory=sum(t.judgement.verdict in _OUT_OF_MEMORY for t in self.trials),
             wall_time_s=self.seams.monotonic() - self.began,
         )
+
+
+def last_answer(stored: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The proof that the last finished fit handed back: of those it took one after the other the fastest."""
+    proofs: list[TrialRecord] = []
+    for trial in reversed(stored):
+        holds = trial.origin is Origin.PROOF and trial.judgement.verdict is Verdict.FITS
+        if proofs and trial.origin is not Origin.PROOF:
+            break
+        proofs += [trial] * holds
+    return max(proofs, key=lambda trial: trial.tokens_per_second or 0.0, default=None)
 
 
 def is_overtaken(proof: TrialRecord, outcome: Outcome, tolerance: float) -> bool:

@@ -161,6 +161,13 @@ def test_the_more_surprising_an_out_of_memory_the_more_it_moves(bound_gib: float
     assert bound_gib * GIB * 0.99 < belief.needs(a_config(4), 8 * GIB, 7 * GIB)[0] < bound_gib * GIB * 1.1
 
 
+def test_nothing_is_believed_to_need_far_less_than_its_tensors() -> None:
+    belief = MemoryBelief(CPU_DOUBT, 2 * GIB)
+    for tokens in (4, 8):
+        belief.observe(a_config(tokens), 1.0 * GIB, 1.0 * GIB, 0.2 * GIB)
+    assert belief.needs(a_config(64), 0.3 * GIB, 0.3 * GIB)[0] >= 0.24 * GIB - 1
+
+
 def test_repeated_bounds_never_make_uncertainty_negative() -> None:
     belief = MemoryBelief(CPU_DOUBT, 0.7 * GIB)
     for size in (8, 4, 2, 1, 1, 1):

@@ -124,6 +124,19 @@ def test_a_proof_that_is_slower_than_believed_lets_the_next_config_be_proven() -
     assert result.proof == proofs[1]
     assert proofs[0].config == Disturbed.victim
     assert any("the next config was proven too" in note for note in result.notes)
+    known = scene.fit()
+    assert (known.probes, known.from_database, known.proof) == (0, True, result.proof)
+
+
+def test_of_two_proofs_of_a_fit_the_faster_is_the_known_answer_whichever_came_last() -> None:
+    scene = a_scene(3000)
+    first = scene.fit()
+    assert first.proof is not None
+    slower = replace(
+        first.proof, report=replace(first.proof.report, micro_batch_times_s=(99.0,)), config=first.trials[0].config
+    )
+    scene.store.append(slower)
+    assert scene.fit().proof == first.proof
 
 
 def test_every_trial_names_the_moves_that_lead_to_it() -> None:

@@ -80,6 +80,8 @@ ODD = 0.5
 ODD_SHIFTS = (math.log(1.25), math.log(1.5), math.log(1.8), math.log(0.8))
 ODD_SETTINGS = ("gradient_checkpointing", "attention", "loss", "upcast", "micro_batch_size")
 
+LEAST_SHARE = 0.8  # of predicted tensors: no config is believed to need less, whatever others left unused
+
 #: Of what the allocator keeps beside tensors, measured ÷ predicted: before any probe, of one config, never less.
 CACHE, CACHE_CONFIG, CACHE_LEFT = 0.35, 0.15, 0.05
 
@@ -278,7 +280,8 @@ class MemoryBelief:
         """(mean, standard deviation) of the bytes that it needs."""
         row = self._row(config, allocated_bytes)
         own = self.doubt.memory_config * allocated_bytes
-        return predicted_bytes + float(row @ self.mean), math.sqrt(float(row @ self.variance @ row) + own**2)
+        middle = max(predicted_bytes + float(row @ self.mean), LEAST_SHARE * allocated_bytes)
+        return middle, math.sqrt(float(row @ self.variance @ row) + own**2)
 
     def observe(
         self, config: TrainingConfig, predicted_bytes: float, allocated_bytes: float, measured_bytes: float
