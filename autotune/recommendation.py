@@ -167,6 +167,8 @@ def outlook(result: Recommendation, max_positions: int | None) -> Outlook | None
 def _faster(proof: TrialRecord, trials: tuple[TrialRecord, ...]) -> str:
     larger = [t for t in trials if t.config.micro_batch_size > proof.config.micro_batch_size]
     failed = [t for t in larger if t.judgement.verdict is not Verdict.FITS]
+    if not larger and proof.config.gradient_accumulation_steps > 1:
+        return "a larger micro batch was not probed: it is predicted not to fit, or not to be faster"
     if not failed:
         return "no larger micro batch was faster: more memory would not help at this effective batch size"
     nearest = min(failed, key=lambda t: t.config.micro_batch_size)
