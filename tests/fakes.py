@@ -31,6 +31,7 @@ from autotune.values import (
     TrialRecord,
     Upcast,
 )
+from benchmarks.replay import MemoryStore as MemoryStore  # one store in memory, for replays and tests
 
 #: SmolLM2-135M's shape (its config.json on the Hugging Face hub).
 SMALL_LLAMA: dict[str, Any] = {
@@ -347,24 +348,6 @@ def _memory_ratio(trial: TrialRecord, expected: Prediction) -> float | None:
 def _time_ratio(trial: TrialRecord, expected: Prediction) -> float | None:
     step_s = trial.report.step_time_s(trial.config.gradient_accumulation_steps)
     return step_s / expected.step_time_s if step_s and expected.step_time_s else None
-
-
-@dataclass(slots=True)
-class MemoryStore:
-    """A TrialStore in memory."""
-
-    rows: list[TrialRecord] = field(default_factory=list)
-
-    def append(self, trial: TrialRecord) -> TrialRecord:
-        self.rows.append(replace(trial, id=len(self.rows) + 1))
-        return self.rows[-1]
-
-    def trials(self, *, model_fingerprint: str | None = None, request_id: str | None = None) -> list[TrialRecord]:
-        return [
-            row
-            for row in self.rows
-            if model_fingerprint in (None, row.model_fingerprint) and request_id in (None, row.request_id)
-        ]
 
 
 @dataclass(frozen=True, slots=True)
