@@ -15,7 +15,6 @@ from autotune.search.belief import (
     Believed,
     MemoryBelief,
     TimeBelief,
-    expected_gain,
     expected_gains,
     noise_of,
     normal_below,
@@ -176,9 +175,14 @@ def test_repeated_bounds_never_make_uncertainty_negative() -> None:
     assert 0.0 <= belief.fits(a_config(1), 0.4 * GIB, 0.4 * GIB) < 0.3
 
 
-def test_expected_gain_is_the_lead_where_nothing_is_in_doubt() -> None:
-    assert expected_gain(0.05, 0.0) == 0.05
-    assert expected_gain(-0.05, 0.0) == 0.0
-    assert expected_gain(0.0, 0.1) == pytest.approx(0.0399, abs=1e-4)
-    assert expected_gain(-0.3, 0.05) < 1e-6
+def expected_gain(lead: float, sd: float) -> float:
+    """Of a normal with this mean lead and deviation the expected positive part, in closed form."""
+    standard = statistics.NormalDist()
+    return lead * standard.cdf(lead / sd) + sd * standard.pdf(lead / sd)
+
+
+@pytest.mark.parametrize(("lead", "sd"), [(0.05, 1e-6), (-0.05, 1e-6), (0.0, 0.1), (0.02, 0.05), (-0.3, 0.05)])
+def test_expected_gain_of_one_hypothesis_is_the_normals(lead: float, sd: float) -> None:
+    believed = Believed(np.array([1.0]), np.array([[-lead]]), np.array([sd]))
+    assert expected_gains(believed, 0.0)[0] == pytest.approx(expected_gain(lead, sd), abs=2e-4 * max(sd, 0.01))
     assert normal_below(0.0) == 0.5

@@ -331,14 +331,6 @@ def _density(value: float) -> float:
     return math.exp(-0.5 * value * value) / math.sqrt(2 * math.pi)
 
 
-def expected_gain(lead: float, sd: float) -> float:
-    """Of a normal with this mean lead over the best and this deviation, the expected positive part."""
-    if sd <= 0:
-        return max(0.0, lead)
-    ratio = lead / sd
-    return lead * normal_below(ratio) + sd * _density(ratio)
-
-
 def expected_gains(believed: Believed, best: float) -> Vector:
     """(n,): by how much each is expected to be below `best`, over the hypotheses; what is above counts as nothing."""
     ratios = (best - believed.means) / believed.deviations
