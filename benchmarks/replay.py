@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from autotune.errors import AutotuneError
@@ -33,6 +33,7 @@ from autotune.values import (
     TrialRecord,
     Verdict,
 )
+from benchmarks.memory_store import MemoryStore
 from strategies import LADDER
 
 PROBE_BATCHES = 6  # timed by a probe at most; recorded samples beyond are for proofs
@@ -327,24 +328,6 @@ class ReplayExecutor:
             peak_reserved_bytes=(row.needed_bytes if on_cpu else None) or row.peak_reserved_bytes,
             device_free_bytes=0,
         )
-
-
-@dataclass(slots=True)
-class MemoryStore:
-    """A `TrialStore` that forgets with the process."""
-
-    rows: list[TrialRecord] = field(default_factory=list)
-
-    def append(self, trial: TrialRecord) -> TrialRecord:
-        self.rows.append(replace(trial, id=len(self.rows) + 1))
-        return self.rows[-1]
-
-    def trials(self, *, model_fingerprint: str | None = None, request_id: str | None = None) -> list[TrialRecord]:
-        return [
-            row
-            for row in self.rows
-            if model_fingerprint in (None, row.model_fingerprint) and request_id in (None, row.request_id)
-        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from autotune.values import (
     TrialRecord,
     Upcast,
 )
-from benchmarks.replay import MemoryStore as MemoryStore  # one store in memory, for replays and tests
+from benchmarks.memory_store import MemoryStore as MemoryStore  # one store in memory, for replays and tests
 
 #: SmolLM2-135M's shape (its config.json on the Hugging Face hub).
 SMALL_LLAMA: dict[str, Any] = {
