@@ -1,0 +1,1 @@
+"""One supervised run (`run`), many (`daemon`): notice, classify, step down, resume."""
