@@ -85,18 +85,24 @@ def schema_version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
-def migrate(connection: sqlite3.Connection, steps: Sequence[Step] = STEPS) -> None:
+def migrate(
+    connection: sqlite3.Connection,
+    steps: Sequence[Step] = STEPS,
+    *,
+    name: str = "gpu_db",
+    application_id: int = APPLICATION_ID,
+) -> None:
     """Apply the steps that are missing, all or none; processes that do so at once wait for each other.
 
     `connection` has isolation_level None. Raises sqlite3.Error; the file is then as it was.
     """
     from sqlite_utils import Database, Migrations
 
-    migrations = Migrations("gpu_db")
+    migrations = Migrations(name)
     for step in steps:
         migrations()(step)
     with transaction(connection):
         if schema_version(connection) < len(steps):
             migrations.apply(Database(connection, execute_plugins=False))
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA application_id = {application_id}")
             connection.execute(f"PRAGMA user_version = {len(steps)}")

@@ -6,13 +6,11 @@ only then, because its import (0.5 s with pandas installed) would be most of an 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +20,7 @@ from autotune.errors import StoreError
 from autotune.values import Device, FitRequest, TrialRecord, from_json, to_json
 from gpu_db.anonymous import anonymous, public_model_name
 from gpu_db.migrations import APPLICATION_ID, SCHEMA_VERSION, migrate, schema_version, transaction
+from gpu_db.sqlite_file import closed_on_error, connect, create_if_missing, explained
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +37,7 @@ _CONFIG_COLUMNS = (
 _REPORT_COLUMNS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes")
 _JSON_COLUMNS = ("config", "report", "judgement", "environment", "prediction", "moves")
 
-_LOCKED = "{path} is in use by another process: wait for it, or end it, and try again"
-_UNWRITABLE = "{path} cannot be opened or written: make it writable, or point AUTOTUNE_HOME at a folder of yours"
-_FULL = "the disk of {path} is full; what was stored is safe: free some space and try again"
-_FAULTY = "reading or writing {path} failed; look for a full disk, a quota or a failing disk, then try again"
-_DAMAGED = "{path} is damaged: move it and the files beside it that begin with its name away, a new one will be made"
 _FOREIGN = "{path} is not a GPU database of autotune: move it away, or point AUTOTUNE_HOME at another folder"
-_ADVICE = {  # by SQLite's primary result code
-    sqlite3.SQLITE_BUSY: _LOCKED,
-    sqlite3.SQLITE_LOCKED: _LOCKED,
-    sqlite3.SQLITE_READONLY: _UNWRITABLE,
-    sqlite3.SQLITE_PERM: _UNWRITABLE,
-    sqlite3.SQLITE_CANTOPEN: _UNWRITABLE,
-    sqlite3.SQLITE_FULL: _FULL,
-    sqlite3.SQLITE_IOERR: _FAULTY,
-    sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_NOTADB: _DAMAGED,
-    sqlite3.SQLITE_ERROR: _DAMAGED,  # a table or column is missing
-}
 
 
 def default_home(environ: Mapping[str, str] = os.environ) -> Path:
@@ -78,7 +60,7 @@ def open_store(home: Path | None, device: Device, *, writable: bool = True, busy
     Not `writable`: nothing is created or changed, and a read-only disk will do. Raises StoreError.
     """
     path = database_path(home, device)
-    with _explained(path):
+    with explained(path):
         if path.is_dir():
             raise StoreError(_FOREIGN.format(path=path))
         if writable:
@@ -89,7 +71,7 @@ def open_store(home: Path | None, device: Device, *, writable: bool = True, busy
 
 def read_store(path: Path, device_name: str, *, busy_timeout_s: float = 60.0) -> GpuStore:
     """The store in this file, to read. Raises StoreError."""
-    with _explained(path):
+    with explained(path):
         if not path.exists():
             raise StoreError(f"nothing is stored about {device_name} yet ({path} does not exist): run autotune fit")
         return GpuStore(_open_to_read(path, busy_timeout_s), path)
@@ -118,7 +100,7 @@ class GpuStore:
             raise StoreError(f"a trial of {trial.device_slug} does not belong in {self.path}: open that device's store")
         row = _to_row(trial)
         names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
-        with _explained(self.path), transaction(self._connection):
+        with explained(self.path), transaction(self._connection):
             cursor = self._connection.execute(f"INSERT INTO trials ({names}) VALUES ({values})", row)
         return replace(trial, id=cursor.lastrowid)
 
@@ -140,7 +122,7 @@ class GpuStore:
         stated = {name: value for name, value in wanted.items() if value is not None}
         where = " AND ".join(f"{name} = :{name}" for name in stated) or "1"
         columns = ("id", *_RECORD_COLUMNS, *_JSON_COLUMNS)
-        with _explained(self.path):
+        with explained(self.path):
             rows = self._connection.execute(
                 f"SELECT {', '.join(columns)} FROM trials WHERE {where} ORDER BY id DESC LIMIT :latest",
                 {**stated, "latest": latest},
@@ -154,14 +136,14 @@ class GpuStore:
         model = data["model"]
         model.update(name=public_model_name(model["name"]), folder=None)
         model["config"].pop("_name_or_path", None)
-        with _explained(self.path), transaction(self._connection):
+        with explained(self.path), transaction(self._connection):
             self._connection.execute(
                 "INSERT OR IGNORE INTO requests (request_id, request) VALUES (?, ?)", (request_id, json.dumps(data))
             )
 
     def request(self, request_id: str) -> FitRequest | None:
         """What was asked under this id; None where it is unknown or cannot be understood."""
-        with _explained(self.path):
+        with explained(self.path):
             row = self._connection.execute(
                 "SELECT request FROM requests WHERE request_id = ?", (request_id,)
             ).fetchone()
@@ -218,49 +200,18 @@ def _to_row(trial: TrialRecord) -> dict[str, Any]:
 
 
 def _create_if_missing(path: Path, device: Device, timeout_s: float) -> None:
-    """Make the file under another name and move it into place, so that no process ever sees half of it."""
-    if _has_content(path):
-        return
-    for folder in (path.parent.parent, path.parent):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    import filelock
-
-    try:
-        with filelock.FileLock(path.parent / ".lock", timeout=timeout_s, mode=0o600):
-            if not _has_content(path):
-                _create(path, device)
-    except filelock.Timeout as error:
-        raise StoreError(_LOCKED.format(path=path)) from error
-
-
-def _has_content(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
-
-
-def _create(path: Path, device: Device) -> None:
-    new = path.with_name(f"{path.name}.new")
-    for suffix in ("", "-wal", "-shm"):  # of a process that died here
-        Path(f"{new}{suffix}").unlink(missing_ok=True)
-    os.close(os.open(new, os.O_CREAT | os.O_EXCL, 0o600))
-    connection = _connect(new, "mode=rw", timeout_s=1)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")  # kept in the file
+    def build(connection: sqlite3.Connection) -> None:
         migrate(connection)
         connection.execute(
             "INSERT INTO meta (device_name, device_kind, device_total_bytes, device_mig) VALUES (?, ?, ?, ?)",
             (device.name, device.kind, device.total_bytes, device.mig),
         )
-    finally:
-        connection.close()
-    for suffix in ("-wal", "-shm"):  # of a database that was moved away: SQLite would read them into the new one
-        stale = Path(f"{path}{suffix}")
-        if stale.exists():
-            stale.replace(f"{stale}.old")
-    new.replace(path)
+
+    create_if_missing(path, build, timeout_s)
 
 
 def _open_to_write(path: Path, timeout_s: float) -> sqlite3.Connection:
-    with _closed_on_error(_connect(path, "mode=rw", timeout_s)) as connection:
+    with closed_on_error(connect(path, "mode=rw", timeout_s)) as connection:
         if _checked_version(connection, path) < SCHEMA_VERSION:
             migrate(connection)
         connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power failure
@@ -271,7 +222,7 @@ def _open_to_write(path: Path, timeout_s: float) -> sqlite3.Connection:
 
 def _open_to_read(path: Path, timeout_s: float) -> sqlite3.Connection:
     try:
-        connection = _connect(path, "mode=ro", timeout_s)
+        connection = connect(path, "mode=ro", timeout_s)
         schema_version(connection)
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
@@ -279,16 +230,11 @@ def _open_to_read(path: Path, timeout_s: float) -> sqlite3.Connection:
         log.debug("%s: its folder is read-only, read as a file that does not change", path)
         if Path(f"{path}-wal").exists():
             log.warning("%s: its newest trials are in %s-wal, which cannot be read in a read-only folder", path, path)
-        connection = _connect(path, "immutable=1", timeout_s)
-    with _closed_on_error(connection):
+        connection = connect(path, "immutable=1", timeout_s)
+    with closed_on_error(connection):
         if _checked_version(connection, path) < SCHEMA_VERSION:
             raise StoreError(f"{path} has an older layout and is read-only: run autotune once where it can be written")
         return connection
-
-
-def _connect(path: Path, mode: str, timeout_s: float) -> sqlite3.Connection:
-    uri = f"{path.absolute().as_uri()}?{mode}"
-    return sqlite3.connect(uri, uri=True, timeout=timeout_s, isolation_level=None)
 
 
 def _checked_version(connection: sqlite3.Connection, path: Path) -> int:
@@ -301,25 +247,3 @@ def _checked_version(connection: sqlite3.Connection, path: Path) -> int:
             " upgrade autotune, or point AUTOTUNE_HOME at another folder"
         )
     return version
-
-
-@contextmanager
-def _closed_on_error(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    try:
-        yield connection
-    except BaseException:
-        connection.close()
-        raise
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """SQLite's and the system's errors as one line that says what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        raise StoreError(f"{_ADVICE.get(code, _FAULTY).format(path=path)} ({error})") from error
-    except OSError as error:
-        advice = _FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else _UNWRITABLE
-        raise StoreError(f"{advice.format(path=path)} ({error.strerror})") from error
