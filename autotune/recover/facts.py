@@ -102,6 +102,8 @@ class Progress:
     micro_batch_size: int | None = None  # as the trainer itself says it runs
     gradient_accumulation_steps: int | None = None
     world_size: int | None = None
+    eval_micro_batch_size: int | None = None  # as it says, too
+    gradient_checkpointing: bool | None = None
     step_time_s: float | None = None  # median of the newest 50
     micro_batch_times_s: tuple[float, ...] = ()  # newest, forward and backward
     tokens_per_second: float | None = None  # of the newest steps, padding counted
