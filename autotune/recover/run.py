@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from autotune.recover.facts import (
     Action,
@@ -19,6 +19,7 @@ from autotune.recover.facts import (
     Progress,
     Settings,
 )
+from autotune.recover.longest import changed
 from autotune.recover.plan import RunState, with_incident
 from autotune.values import Judgement, Verdict
 
@@ -74,7 +75,7 @@ def run(state: RunState, command: Command, folder: Path, seams: Seams, *, resume
 class _Run:
     def __init__(self, state: RunState, command: Command, folder: Path, seams: Seams) -> None:
         self.state, self.command, self.folder, self.seams = state, command, folder, seams
-        self.settings = with_change(command.settings, state.changed or {})
+        self.settings = changed(command.settings, state.changed or {})
 
     def go(self, resume: Checkpoint | None) -> RunState:
         while True:
@@ -93,15 +94,15 @@ class _Run:
                 return self.finish(ended, exit_code_of(ended))
 
     def attempt(self, resume: Checkpoint | None) -> Ended:
-        changed = self.state.changed or {}
+        change = self.state.changed or {}
         began = self.seams.now() if self.state.began_at is None else self.state.began_at
         self.state = replace(self.state, attempts=self.state.attempts + 1, began_at=began)
         self.seams.save(self.state)
         if resume is not None:
             self.seams.prepare(resume, self.settings)
-        launch = self.command.launch(changed, resume=resume.path if resume else None, folder=self.folder)
+        launch = self.command.launch(change, resume=resume.path if resume else None, folder=self.folder)
         self.seams.observer.attempt_starts(self.state.attempts, launch, resume, self.settings)
-        ended = self.seams.attempt(launch, self.state.attempts, self.settings, changed, resume)
+        ended = self.seams.attempt(launch, self.state.attempts, self.settings, change, resume)
         self.settings = with_reported(self.settings, ended.progress)
         self.state = replace(self.state, output_dir=self.settings.output_dir or self.state.output_dir)
         return ended
@@ -143,7 +144,7 @@ class _Run:
 
     def change(self, decision: Decision) -> None:
         self.state = replace(self.state, changed={**(self.state.changed or {}), **decision.change})
-        self.settings = with_change(self.settings, decision.change)
+        self.settings = changed(self.settings, decision.change)
         self.seams.save(self.state)
 
     def finish(self, ended: Ended, exit_code: int) -> RunState:
@@ -177,13 +178,6 @@ def exit_code_of(ended: Ended) -> int:
     return code or (1 if ended.ended_by is not EndedBy.ITSELF else 0)
 
 
-def with_change(settings: Settings, change: Change) -> Settings:
-    """The settings with those of `change` that they have a name for."""
-    names = {field.name for field in fields(Settings)}
-    known: dict[str, Any] = {name: value for name, value in change.items() if name in names}
-    return replace(settings, **known)
-
-
 def with_reported(settings: Settings, progress: Progress) -> Settings:
     """What the trainer itself said that it runs with goes before what its command seemed to say."""
     said = {
@@ -192,7 +186,7 @@ def with_reported(settings: Settings, progress: Progress) -> Settings:
         "output_dir": progress.output_dir,
         "save_strategy": progress.save_strategy,
     }
-    return with_change(settings, {name: value for name, value in said.items() if value is not None})
+    return changed(settings, {name: value for name, value in said.items() if value is not None})
 
 
 def _one_line(text: str) -> str:

@@ -1,0 +1,67 @@
+"""A run's own folder: made private, held by one supervisor at a time, found again after an interruption."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from autotune.errors import AutotuneError, InvalidRequest, StoreError
+from autotune.recover.plan import RunState, read_state
+from autotune.recover.processes import end_leftovers
+from gpu_db.store import default_home
+
+_LOCK = "supervisor.lock"
+
+
+def runs_folder() -> Path:
+    return default_home() / "runs"
+
+
+def new_folder(given: Path | None) -> tuple[str, Path]:
+    """A run's id and its folder, made for its owner alone. Raises `InvalidRequest`, `StoreError`."""
+    run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
+    folder = given.absolute() if given else runs_folder() / run_id
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if given and any(folder.iterdir()):
+            raise InvalidRequest(
+                f"--run-folder {folder} is not empty: give a new one, or --resume to go on with its run"
+            )
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be made ({error.strerror}): give another --run-folder") from error
+    return run_id, folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; what a killed supervisor left running in it is ended first.
+
+    Raises `InvalidRequest` where another supervisor has it.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / _LOCK, timeout=0, mode=0o600):
+            for left in sorted(folder.glob("attempt-*/process.json")):
+                end_leftovers(left)
+            yield
+    except Timeout as error:
+        raise InvalidRequest(
+            f"another autotune supervises the run of {folder}: leave it to it, or end it first"
+        ) from error
+
+
+def interrupted_run(argv: Sequence[str], cwd: str) -> tuple[Path, RunState] | None:
+    """The newest run of the same words in the same folder that neither ended well nor was given up."""
+    root = runs_folder()
+    for folder in sorted(root.iterdir() if root.is_dir() else (), reverse=True):
+        try:
+            state = read_state(folder)
+        except AutotuneError:
+            continue  # of another version
+        if state is not None and not state.finished and list(state.argv) == list(argv) and state.cwd == cwd:
+            return folder, state
+    return None
