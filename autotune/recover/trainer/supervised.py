@@ -1,0 +1,129 @@
+"""`Trainer.train` under a plan: apply it, resume as it says, and on a death save what can be saved."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from autotune.recover.facts import Phase
+from autotune.recover.trainer import emergency, randomness
+from autotune.recover.trainer.callback import make_callback
+from autotune.recover.trainer.run import FORWARD_BACKWARD, TrainRun
+from autotune.recover.trainer.session import Session, harmless
+from autotune.recover.trainer.settings import apply_to_trainer
+from autotune.recover.trainer.stop import die_of_sigterm
+
+
+def train_under(
+    session: Session, trainer: Any, train: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]
+) -> Any:
+    """What `train` gives back. Its exceptions pass; a SIGTERM that was heard ends the process once all is saved."""
+    prepared = harmless(_prepare)(session, trainer, arguments, named)
+    if prepared is None:
+        return train(trainer, *arguments, **named)
+    run, callback, arguments, named = prepared
+    try:
+        with _own_micro_batch(trainer) if run.resumed else contextlib.nullcontext():
+            result = train(trainer, *arguments, **named)
+    except BaseException as error:
+        emergency.lift_data_limit()
+        harmless(_tell)(session, run, error)
+        raise
+    finally:
+        run.stop.by_signal.remove()
+        trainer.remove_callback(callback)
+        session.run = None
+    harmless(session.enter)(Phase.DONE)
+    if run.stop.by_signal.is_requested:
+        die_of_sigterm()
+    return result
+
+
+def _prepare(
+    session: Session, trainer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[TrainRun, Any, tuple[Any, ...], dict[str, Any]]:
+    plan = session.plan
+    session.start()
+    not_applied = apply_to_trainer(trainer, plan.changed)
+    checkpoint = _checkpoint_for(session, trainer)
+    if checkpoint is not None:
+        arguments, named = (checkpoint, *arguments[1:]), dict(named)
+        named.pop("resume_from_checkpoint", None)
+    asked = arguments[0] if arguments else named.get("resume_from_checkpoint")
+    run = TrainRun(trainer, plan, session.events, resumed=bool(asked), not_applied=not_applied)
+    callback = make_callback(run)
+    trainer.add_callback(callback)
+    run.stop.install()
+    session.run, session.phase = run, Phase.TRAIN
+    return run, callback, arguments, named
+
+
+def _checkpoint_for(session: Session, trainer: Any) -> str | None:
+    """The plan's checkpoint, for the first training of this process that writes where the plan says."""
+    plan = session.plan
+    if plan.resume_from_checkpoint is None or session.has_resumed:
+        return None
+    if plan.output_dir is not None and os.path.realpath(plan.output_dir) != os.path.realpath(trainer.args.output_dir):
+        return None
+    session.has_resumed = True
+    return plan.resume_from_checkpoint
+
+
+@contextlib.contextmanager
+def _own_micro_batch(trainer: Any) -> Iterator[None]:
+    """Before 5.2 a resumed Trainer takes its micro batch from the checkpoint: have the checkpoint say ours."""
+    from transformers.trainer_callback import TrainerState
+
+    kept = TrainerState.__dict__["load_from_json"]
+
+    def load_from_json(cls: Any, path: str) -> Any:
+        state = kept.__func__(cls, path)
+        if state.train_batch_size is not None:
+            state.train_batch_size = trainer.args.train_batch_size
+        return state
+
+    TrainerState.load_from_json = classmethod(load_from_json)
+    try:
+        yield
+    finally:
+        TrainerState.load_from_json = kept
+
+
+def _tell(session: Session, run: TrainRun, error: BaseException) -> None:
+    phase = session.phase
+    run.flush()
+    saved = _save(session, run, error) if isinstance(error, Exception) else None
+    session.phase = phase  # saving has its own
+    where = {"batch": run.batch, "step": run.step, "part": run.part}
+    session.died(error, **where, saved=str(saved.absolute()) if saved else None)
+
+
+def _save(session: Session, run: TrainRun, error: Exception) -> Path | None:
+    """Write the emergency checkpoint where the state is that of the last finished step; None where none is written."""
+    in_step = session.phase is Phase.TRAIN and run.part == FORWARD_BACKWARD and run.draws is not None
+    in_evaluation = session.phase is Phase.EVALUATE and run.part is None and run.step == run.trainer.state.global_step
+    if not (in_step or in_evaluation):
+        return None
+    if emergency.why_not(run.trainer, asked=run.plan.emergency, in_evaluation=in_evaluation) is not None:
+        return None
+    try:
+        return _write(run, error, rewind=in_step)
+    except Exception as failure:  # noqa: BLE001 - the first death is the one to tell; the folder stays marked
+        sys.stderr.write(f"autotune: no emergency checkpoint: {type(failure).__name__}: {failure}\n")
+        return None
+
+
+def _write(run: TrainRun, error: Exception, *, rewind: bool) -> Path:
+    trainer = run.trainer
+    emergency.free(trainer, error)
+    if rewind and run.draws is not None and run.counters is not None:
+        randomness.restore(run.draws)
+        trainer.state.num_input_tokens_seen, trainer.current_flos = run.counters
+    began = run.clock()
+    folder = emergency.save(trainer)
+    run.saved(str(folder.absolute()), trainer.state.global_step, run.clock() - began, emergency=True)
+    return folder
