@@ -19,6 +19,7 @@ COMMANDS = {
     "sweep": "measure a whole grid of configs, to replay searches on",
     "estimate": "memory and speed on a card that need not be here, predicted",
     "run": "one training command, resumed with a config that fits after out-of-memory",
+    "daemon": "a queue of supervised runs on this machine's GPUs",
     "export": "a fit in a trainer's own words",
     "classify": "what a log says about why a run died",
     "gpus": "what devices are here",

@@ -22,3 +22,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     """End at once: an exception out of here, in the middle of an import, can come out as another one."""
     os.write(2, b"Interrupted.\n")
     os._exit(130)
+
+
+if __name__ == "__main__":  # of `python -m`, as the daemon and its supervisors are started
+    main()

@@ -81,7 +81,9 @@ def only_daemon(home: Path) -> Iterator[None]:
                 f"a daemon runs in {home} already{pid}: submit to it, or end it with `autotune daemon stop`"
             ) from error
         if (dead := read_daemon(home)) is not None:
-            log.warning("the daemon before this one (pid %d) died without a word: going on from there", dead.process.pid)
+            log.warning(
+                "the daemon before this one (pid %d) died without a word: going on from there", dead.process.pid
+            )
         try:
             yield
         finally:

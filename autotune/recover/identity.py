@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import time
 from dataclasses import dataclass
-from pathlib import Path
+
+from autotune.recover import keeper
+
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,18 +19,39 @@ class ProcessId:
 
     pid: int
     started: float  # Linux: clock ticks since boot; elsewhere seconds since the epoch
-    boot: str  # of which boot that is
+    boot: str  # of which boot that is; empty where the system does not say
 
     @property
     def is_alive(self) -> bool:
         """A zombie is not: it has ended, and only its parent does not know yet."""
         return process_id(self.pid) == self
 
+    def send(self, number: int) -> bool:
+        """Signal this process and no other that has its pid by now; whether it was sent."""
+        if not self.is_alive:
+            return False
+        try:
+            if sys.platform == "linux" and (process := keeper.read_process(self.pid)) is not None:
+                return process.ticks == self.started and keeper.send(process, number)
+            os.kill(self.pid, number)
+        except OSError:  # gone just now, or no longer ours
+            return False
+        return True
+
+    def wait(self, limit_s: float) -> bool:
+        """Until it has ended; False where it has not within the limit."""
+        until = time.monotonic() + limit_s
+        while self.is_alive:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
 
 def process_id(pid: int) -> ProcessId | None:
     """Of the process that has this pid now; None where there is none, or it has ended."""
-    started = _started_linux(pid) if Path("/proc/self/stat").exists() else _started_elsewhere(pid)
-    return None if started is None else ProcessId(pid=pid, started=started, boot=boot_id())
+    started = _started_linux(pid) if sys.platform == "linux" else _started_elsewhere(pid)
+    return None if started is None else ProcessId(pid=pid, started=started, boot=this_boot())
 
 
 def own_process_id() -> ProcessId:
@@ -34,21 +60,12 @@ def own_process_id() -> ProcessId:
     return found
 
 
-@functools.cache
-def boot_id() -> str:
-    """Another one after every boot; empty where the system does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+this_boot = functools.cache(keeper.boot_id)
 
 
 def _started_linux(pid: int) -> float | None:
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if after_name[0] in (b"Z", b"X") else float(after_name[19])  # fields 3 and 22 of proc(5)
+    process = keeper.read_process(pid)
+    return float(process.ticks) if process is not None and process.alive else None
 
 
 def _started_elsewhere(pid: int) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from autotune.recover.identity import ProcessId
 
@@ -30,6 +31,14 @@ LIVE = (State.FITTING, State.RUNNING, State.RECOVERING, State.WAITING, State.CAN
 QUEUED = (State.QUEUED, State.INTERRUPTED)
 #: Nothing more happens to it.
 ENDED = (State.FINISHED, State.FAILED, State.CANCELLED)
+
+
+class Waiting(NamedTuple):
+    """What of a queued job decides where it starts."""
+
+    id: int
+    gpu: str
+    message: str
 
 
 class Event(StrEnum):
@@ -87,6 +96,11 @@ class Job(NewJob):
         return f"job {self.id}" + (f" ({self.name})" if self.name else "")
 
     @property
-    def process_files(self) -> list[Path]:
-        """What each attempt wrote about its processes, so that what outlives a supervisor is found."""
-        return sorted(Path(self.run_folder).glob("attempt-*/process.json")) if self.run_folder else []
+    def attempt_folders(self) -> list[Path]:
+        """Where each attempt wrote about its processes, so that what outlives a supervisor is found."""
+        return sorted(Path(self.run_folder).glob("attempt-*")) if self.run_folder else []
+
+    def option(self, name: str, otherwise: str) -> str:
+        """The value that follows `--name` in its options."""
+        word = f"--{name}"
+        return self.options[self.options.index(word) + 1] if word in self.options[:-1] else otherwise

@@ -20,7 +20,7 @@ from typing import Any
 from autotune.errors import InvalidRequest, StoreError
 from autotune.recover.facts import Incident
 from autotune.recover.identity import ProcessId, own_process_id
-from autotune.recover.job import ENDED, LIVE, QUEUED, Job, NewJob, State
+from autotune.recover.job import ENDED, LIVE, QUEUED, Job, NewJob, State, Waiting
 from autotune.recover.jobs_schema import APPLICATION_ID, SCHEMA_VERSION, build
 from autotune.recover.private import check_private, kept_environ, masked, refuse_secrets
 from autotune.values import from_json, to_json
@@ -126,10 +126,12 @@ class JobStore:
             rows = self._connection.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
         return {State(state): number for state, number in rows}
 
-    def queue(self, limit: int = -1) -> list[Job]:
-        """What waits to be started, in that order."""
+    def waiting(self) -> list[Waiting]:
+        """What the daemon is to start, in that order."""
         marks = ", ".join(f"'{state}'" for state in QUEUED)
-        return self._jobs(f"WHERE kind = 'job' AND state IN ({marks}) ORDER BY {_FIRST} LIMIT ?", (limit,))
+        statement = f"SELECT id, gpu, message FROM jobs WHERE kind = 'job' AND state IN ({marks}) ORDER BY {_FIRST}"
+        with explained(self.path):
+            return [Waiting(*row) for row in self._connection.execute(statement).fetchall()]
 
     def claim(self, job_id: int, device: str) -> Job | None:
         """Take it out of the queue, to be started on `device`. None: another process has, or it was cancelled."""

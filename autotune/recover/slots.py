@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from autotune.errors import GpuUnavailable
-from autotune.recover.job import Job
+from autotune.recover.job import Waiting
 
 _READ_LIMIT_S = 120.0  # torch is asked where a ROCm or XPU build is installed: seconds
 ALL = "all"  # a job that takes every GPU: a distributed launcher's
@@ -64,7 +64,9 @@ def read_slots() -> tuple[Slot, ...]:
     return (*(Slot(device["id"], device["kind"], device["name"], device["uuid"]) for device in gpus), CPU)
 
 
-def place(waiting: Sequence[Job], slots: Sequence[Slot], busy: Mapping[str, int], share: int) -> list[tuple[Job, str]]:
+def place(
+    waiting: Sequence[Waiting], slots: Sequence[Slot], busy: Mapping[str, int], share: int
+) -> list[tuple[Waiting, str]]:
     """Which of the waiting jobs start now, and on which device; `share` jobs at most run on one at once.
 
     `busy`: device → jobs there. A job that waits for every GPU lets none overtake it on one.
@@ -72,7 +74,7 @@ def place(waiting: Sequence[Job], slots: Sequence[Slot], busy: Mapping[str, int]
     everywhere = busy.get(ALL, 0)
     free = {slot.id: share - busy.get(slot.id, 0) - (everywhere * share if slot.is_gpu else 0) for slot in slots}
     gpus = [slot for slot in slots if slot.is_gpu] or list(slots)
-    placed: list[tuple[Job, str]] = []
+    placed: list[tuple[Waiting, str]] = []
     for job in waiting:
         if job.gpu == ALL:
             if all(free[slot.id] == share for slot in gpus):
