@@ -76,7 +76,7 @@ def cases(seed: int, count: int, real: int) -> Iterator[Case]:
 def make(number: int, kind: Fault, chance: random.Random, *, real: bool = False) -> Case:
     """A case of this kind with everything else drawn."""
     micro = chance.choice((2, 4, 8))
-    daemon = kind in (Fault.KILL_DAEMON, Fault.KILL_ALL) or (not real and chance.random() < 0.1)
+    daemon = kind in (Fault.KILL_DAEMON, Fault.KILL_ALL) or (kind in _EITHER_WAY and not real and chance.random() < 0.1)
     case = Case(
         number=number,
         kind=kind,
@@ -179,5 +179,6 @@ _MAKERS: dict[Fault, Callable[[Case, random.Random], Case]] = {
 }
 _KINDS = tuple(Fault)
 _REAL_KINDS = tuple(kind for kind in Fault if kind not in (Fault.CLOCK_JUMP, Fault.HOST_OOM))
+_EITHER_WAY = frozenset(Fault) - {Fault.DOUBLE_SIGNAL}  # a signal to a job's supervisor is a cancel
 #: Without a second fault, which would blur what the first one calls for.
 _ALONE = frozenset({Fault.BUG, Fault.DISK_FULL, Fault.OOM_LOAD, Fault.OOM_SAVE, Fault.CLOCK_JUMP})

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from benchmarks.fault_list import Case, Outside
 
 MARK = "AUTOTUNE_BENCHMARK_CASE"  # in the environment of all that a case starts
 ROOT = Path(__file__).parent.parent
+AUTOTUNE = Path(sys.executable).with_name("autotune")
 GRACE_S = 10.0  # for everything of a run to be gone after its supervisor has ended or was killed
 LAUNCH_LIMIT_S = 90.0
 REAL_LAUNCH_LIMIT_S = 240.0
@@ -67,12 +68,14 @@ class Play:
     case: Case
     truth: Truth
     folder: Path
-    launches: list[float] = field(default_factory=list)
+    launch: int = 0  # how often it was started, by a user as it were
+    starts: list[float] = field(default_factory=list)  # of supervisors and daemons, on the clock of the ledger
     struck: list[Outside] = field(default_factory=list)
     struck_in: int = 0  # launch of the newest
     notes: list[str] = field(default_factory=list)
     orphans: int = 0
     stopped_rightly: bool | None = None
+    stops: int = 0  # after which a user started it anew
     process: subprocess.Popen[bytes] | None = None
     clock: Path | None = None  # library that makes the wall clock wrong
 
@@ -84,10 +87,13 @@ class Play:
         began = time.monotonic()
         self.prepare()
         try:
-            while len(self.launches) < LAUNCHES and self.launch_once():
+            for _ in range(LAUNCHES):
+                if not self.launch_once():
+                    break
                 self.mend()
+            self.end()
         finally:
-            self.orphans += end_all(self.folder)
+            end_all(self.folder)
         return self.outcome(time.monotonic() - began)
 
     def prepare(self) -> None:
@@ -102,60 +108,73 @@ class Play:
         """Start the run, or go on with it; whether it is to be started once more."""
         self.start()
         code = self.watch()
-        survivors = wait_gone(self.folder, GRACE_S)
+        survivors = self.wait_gone()
         self.orphans += len(survivors)
-        self.notes += [f"alive after launch {len(self.launches)}: {name}" for name in survivors]
-        end_all(self.folder)
+        self.notes += [f"alive after launch {self.launch}: {name}" for name in survivors]
         entries = read_ledger(self.folder)
         if final_state(entries) is not None and code == 0:
             return False
         if code is None:
-            self.notes.append(f"launch {len(self.launches)} was not over in time")
+            self.notes.append(f"launch {self.launch} was not over in time")
             return False
         stops = [fault for fault in self.faults_of(entries) if fault in STOPS]
         if stops:
             self.stopped_rightly = code not in (0, 125, 126, 127)
+            self.stops += 1
             return True
         if self.was_struck():
             return True
-        self.notes.append(f"launch {len(self.launches)} ended with {code}: {self.last_words()}")
+        self.notes.append(f"launch {self.launch} ended with {code}: {self.last_words()}")
         return False
 
     def faults_of(self, entries: Sequence[dict[str, Any]]) -> list[Fault]:
         """That struck in the newest launch."""
-        attempts = {entry["attempt"] for entry in of(entries, "start") if entry["launch"] == str(len(self.launches))}
+        attempts = {entry["attempt"] for entry in of(entries, "start") if entry["launch"] == str(self.launch)}
         return [Fault(entry["fault"]) for entry in of(entries, "fault") if entry["attempt"] in attempts]
 
     def was_struck(self) -> bool:
         """Whether the newest launch's supervisor was ended from outside."""
-        return any(one.fault in KILLED for one in self.struck) and self.struck_in == len(self.launches)
+        return any(one.fault in KILLED for one in self.struck) and self.struck_in == self.launch
 
     def start(self) -> None:
-        self.launches.append(time.monotonic())
-        number = len(self.launches)
-        environment = {**self.environment(), LAUNCH_VARIABLE: str(number)}
-        with (self.folder / f"launch-{number}.log").open("wb") as log:
+        self.launch += 1
+        self.starts.append(time.monotonic())
+        with (self.folder / f"launch-{self.launch}.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [*self.supervisor(), "--", *self.trainer()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=self.environment(),
                 cwd=ROOT,
                 start_new_session=True,
             )
 
     def environment(self) -> dict[str, str]:
-        added = environ_of(self.folder)
+        added = {**environ_of(self.folder), LAUNCH_VARIABLE: str(self.launch)}
         if self.case.kind is Fault.CLOCK_JUMP:
             added |= {"LD_PRELOAD": str(self.clock), "AUTOTUNE_BENCHMARK_CLOCK": str(self.folder / "clock")}
         return added
 
     def supervisor(self) -> list[str]:
-        autotune = str(Path(sys.executable).with_name("autotune"))
-        options = ["--gpu", "cpu", "--run-folder", str(self.folder / "run"), "--stall", STALL, "--grace", "2"]
-        options += ["--memory-limit", f"{self.case.limit_bytes >> 20}MiB"]
-        return [autotune, "run", *options, *(["--resume"] if len(self.launches) > 1 and not self.stopped else [])]
+        options = [*self.options(), "--run-folder", str(self.folder / f"run-{1 + self.stops}")]
+        return [str(AUTOTUNE), "run", *options, *(["--resume"] if self.launch > 1 and not self.stopped else [])]
+
+    def options(self) -> list[str]:
+        limit = f"{self.case.limit_bytes >> 20}MiB"
+        return ["--gpu", "cpu", "--memory-limit", limit, "--stall", STALL, "--grace", "2"]
+
+    def wait_gone(self) -> list[str]:
+        """What is alive of the run after the grace."""
+        return alive_of(self.folder, GRACE_S)
+
+    def end(self) -> None:
+        """Nothing is left to end where the supervisor has."""
+
+    def poll(self) -> int | None:
+        """The run's exit code once it is over; None before."""
+        assert self.process is not None
+        return self.process.poll()
 
     @property
     def stopped(self) -> bool:
@@ -176,25 +195,24 @@ class Play:
 
     def watch(self) -> int | None:
         """Until the supervisor ends, faults brought about on the way. Its exit code; None: not over in time."""
-        assert self.process is not None
         deadline = time.monotonic() + (REAL_LAUNCH_LIMIT_S if self.case.real else LAUNCH_LIMIT_S)
         waiting = [one for one in self.case.outside if one not in self.struck]
-        while self.process.poll() is None and time.monotonic() < deadline:
+        while (code := self.poll()) is None and time.monotonic() < deadline:
             if waiting and self.is_due(waiting[0]):
                 self.strike(waiting.pop(0))
             time.sleep(0.01)
-        return self.process.poll()
+        return code
 
     def is_due(self, one: Outside) -> bool:
         if one.step == 0:
-            return time.monotonic() >= self.launches[-1] + one.delay_s
+            return time.monotonic() >= self.starts[-1] + one.delay_s
         steps = [entry["clock"] for entry in of(read_ledger(self.folder), "step") if entry["step"] >= one.step]
         return bool(steps) and time.monotonic() >= steps[0] + one.delay_s
 
     def strike(self, one: Outside) -> None:
         assert self.process is not None
         self.struck.append(one)
-        self.struck_in = len(self.launches)
+        self.struck_in = self.launch
         pids = [self.process.pid]
         if one.fault is Fault.DOUBLE_SIGNAL:
             first, second = ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT))[one.step % 2]
@@ -216,7 +234,7 @@ class Play:
                 path.unlink()
 
     def last_words(self) -> str:
-        log = (self.folder / f"launch-{len(self.launches)}.log").read_text(encoding="utf-8", errors="replace")
+        log = (self.folder / f"launch-{self.launch}.log").read_text(encoding="utf-8", errors="replace")
         return " ".join(re.split(r"\s*\n\s*", log.strip())[-3:])[-300:]
 
     def outcome(self, seconds: float) -> Outcome:
@@ -235,8 +253,8 @@ class Play:
             orphans=self.orphans,
             wrong=tuple(wrong_recoveries(entries, case.task.effective_batch)),
             attempts=len(of(entries, "start")),
-            launches=len(self.launches),
-            recoveries_s=tuple(round(one, 3) for one in recoveries_s(entries, self.launches)),
+            launches=self.launch,
+            recoveries_s=tuple(round(one, 3) for one in recoveries_s(entries, self.starts)),
             seconds=round(seconds, 3),
             stopped_rightly=self.stopped_rightly,
             notes=tuple(self.notes),
@@ -307,17 +325,28 @@ def send(pids: Sequence[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def wait_gone(folder: Path, seconds: float) -> list[str]:
+def alive_of(folder: Path, seconds: float, *, besides: Collection[int] = ()) -> list[str]:
     """The commands of what is still alive of a case: at once when nothing is, else after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         alive = []
         for process in marked(folder):
             with contextlib.suppress(psutil.Error):
-                alive.append(" ".join(process.cmdline()[:4]))
+                if process.pid not in besides:
+                    alive.append(" ".join(process.cmdline()[:6]))
         if not alive or time.monotonic() > deadline:
             return alive
+        time.sleep(0.05)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float) -> bool:
+    """Whether it came to be so in time."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
 
 
 def end_all(folder: Path) -> int:

@@ -24,6 +24,7 @@ import click
 
 from autotune.errors import ProbeFailed
 from benchmarks.fault_check import Truth
+from benchmarks.fault_daemon import DaemonPlay
 from benchmarks.fault_inject import Fault
 from benchmarks.fault_ledger import read_ledger
 from benchmarks.fault_list import Case, cases
@@ -107,7 +108,8 @@ class Table:
     def play_one(self, case: Case) -> Outcome:
         truth = self.truths[True] if case.real else Truth.of_task(case.task)
         folder = self.folder / f"case-{case.number}"
-        outcome = Play(case, truth, folder, clock=self.clock).run()
+        play = (DaemonPlay if case.daemon else Play)(case, truth, folder, clock=self.clock)
+        outcome = play.run()
         if outcome.good:
             shutil.rmtree(folder)
         return outcome
