@@ -140,10 +140,22 @@ def _edit_yaml(file: ConfigFile, edits: Mapping[str, Any]) -> str:
     yaml = _round_trip(file.text)
     data = yaml.load(file.text)
     for key, value in edits.items():
-        data[key] = value
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _update(data[key], value)
+        else:
+            data[key] = value
     stream = io.StringIO()
     yaml.dump(data, stream)
     return stream.getvalue()
+
+
+def _update(old: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Change a mapping in place, so that its style and comments stay."""
+    for key in [key for key in old if key not in new]:
+        del old[key]
+    for key, value in new.items():
+        if old.get(key) != value:
+            old[key] = value
 
 
 def _round_trip(text: str = "") -> Any:

@@ -51,6 +51,8 @@ class Dialect:
         """What the trainer will run with. Raises InvalidRequest for a value that it would not take."""
         values = dict(self.defaults)
         for field, keys in self.keys.items():
+            if field == "gradient_checkpointing":
+                continue  # special in every trainer
             read = _READ.get(field, stated.text)
             found = [value for key in keys if (value := read(raw, key)) is not None]
             if found:

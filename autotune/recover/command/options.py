@@ -11,6 +11,8 @@ from autotune.recover.command.stated import Stated, is_truth
 from autotune.recover.command.words import Parts
 
 _SHORTEST = len("gradient_accumul")  # an abbreviation with fewer letters is not taken for a name
+_FLAGS = ("gradient_checkpointing", "activation_checkpointing", "disable_gradient_checkpointing")  # value or none
+_LISTS = ("lora_target_modules",)  # one value or more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,9 @@ def scan(words: Sequence[str], parts: Parts, known: Collection[str], style: Styl
         if key is None:
             continue
         values = (value,) if equals else _values(words, at + 1, parts.end)
-        if not equals and _is_flag(key) and not (values and is_truth(values[0])):
+        if not equals and key not in _LISTS:
+            values = values[:1]
+        if not equals and key in _FLAGS and not (values and is_truth(values[0])):
             values = ()
         option = Option(key=key, at=at, name=name, values=values, joined=bool(equals), negated=negated)
         found.pop(key, None)
@@ -73,10 +77,10 @@ def rewrite(
             added += new
             shown.append(f"{' '.join(new)} (added)")
         elif (new_words := _replaced(words, parts, option, value, style)) is not None:
-            before = " ".join(words[at] for at in sorted(new_words))
-            after = " ".join(word for at in sorted(new_words) for word in new_words[at])
+            before = [words[at] for at in sorted(new_words)]
+            after = [word for at in sorted(new_words) for word in new_words[at]]
             changed |= new_words
-            shown.append(f"{before} → {after or '(left out)'}" if before != after else "")
+            shown.append(_change(before, after))
     result = [word for at, old in enumerate(words) for word in changed.get(at, [old])]
     end = parts.end + len(result) - len(words)
     return [*result[:end], *added, *result[end:]], [line for line in shown if line]
@@ -91,10 +95,6 @@ def _key(name: str, known: Collection[str]) -> tuple[str | None, bool]:
         return key[3:], True
     longer = [one for one in known if len(key) >= _SHORTEST and one.startswith(key)]
     return (longer[0] if len(longer) == 1 else None), False
-
-
-def _is_flag(key: str) -> bool:
-    return key in ("gradient_checkpointing", "activation_checkpointing", "disable_gradient_checkpointing")
 
 
 def _values(words: Sequence[str], begin: int, end: int) -> tuple[str, ...]:
@@ -120,6 +120,15 @@ def _replaced(
     name = option.name.replace("--no_", "--", 1).replace("--no-", "--", 1) if option.negated else option.name
     alone = value is True and not _values(words, option.at + 1, parts.end)
     return {option.at: [name if alone else f"{name}={_text(value, style)}"]}
+
+
+def _change(before: list[str], after: list[str]) -> str:
+    """A line for a change, with the name once; empty where there is none."""
+    if before == after:
+        return ""
+    if len(before) == len(after) == 2 and before[0] == after[0]:
+        return f"{before[0]} {before[1]} → {after[1]}"
+    return f"{' '.join(before)} → {' '.join(after) or '(left out)'}"
 
 
 def _added(key: str, value: Any, style: Style) -> list[str]:

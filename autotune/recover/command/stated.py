@@ -110,4 +110,6 @@ def _whole(value: Any) -> int | None:
 
 
 def _wrong(raw: Raw, key: str, wanted: str) -> InvalidRequest:
+    if raw[key].where.startswith("--") and raw[key].value is True:
+        return InvalidRequest(f"{raw[key].where} has no value: give it {wanted}")
     return InvalidRequest(f"{raw[key].where} is {quoted(raw[key].value)}, not {wanted}: correct it")
