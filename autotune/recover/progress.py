@@ -111,6 +111,8 @@ def _begin(told: Told, event: Event, rank: int) -> Told:
         micro_batch_size=_whole(event, "micro_batch_size"),
         gradient_accumulation_steps=_whole(event, "gradient_accumulation_steps"),
         world_size=_whole(event, "world_size"),
+        eval_micro_batch_size=_whole(event, "eval_micro_batch_size"),
+        gradient_checkpointing=_truth(event, "gradient_checkpointing"),
         device_total_bytes=_whole(event, "device_total_bytes"),
         dataset_longest=_whole(event, "dataset_longest"),
         output_dir=_text(event, "output_dir"),
@@ -232,6 +234,11 @@ def _number(event: Event, name: str) -> float | None:
 def _whole(event: Event, name: str) -> int | None:
     value = _number(event, name)
     return None if value is None else int(value)
+
+
+def _truth(event: Event, name: str) -> bool | None:
+    value = event.get(name)
+    return value if isinstance(value, bool) else None
 
 
 def _text(event: Event, name: str) -> str | None:
