@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from autotune.recover.checkpoints import newest_complete
+from autotune.recover.facts import Checkpoint
 from benchmarks.fault_check import Truth, final_state, recoveries_s, repeated, steps_lost, wrong_recoveries
 from benchmarks.fault_checkpoint import read_checkpoint
 from benchmarks.fault_inject import FAULTS_VARIABLE, MIB, Fault, Law, Spec, Strike
@@ -100,6 +102,22 @@ def test_the_stand_in_refuses_a_truncated_checkpoint(tmp_path: Path, name: str) 
     resumed = stand_in(tmp_path, "--resume_from_checkpoint", str(path.parent))
     assert resumed.returncode == 1
     assert len(of(read_ledger(tmp_path), "begin")) == 1
+
+
+@pytest.mark.parametrize("kind", [Fault.TRUNCATED, Fault.INCOMPLETE, Fault.GARBAGE])
+@pytest.mark.parametrize("step", [8, 12])
+def test_the_newest_complete_checkpoint_is_the_one_before_a_damaged_one(tmp_path: Path, kind: Fault, step: int) -> None:
+    stand_in(tmp_path, spec=Spec(folder="", strikes=(Strike(kind, step),)))
+    assert [entry["step"] for entry in of(read_ledger(tmp_path), "damaged")] == [step]
+    found = newest_complete(tmp_path / "out")
+    assert found is not None
+    assert found.step == step - 4
+
+
+def test_a_checkpoint_of_the_stand_in_is_as_complete_as_a_trainers(tmp_path: Path) -> None:
+    stand_in(tmp_path)
+    found = newest_complete(tmp_path / "out", max_steps=12)
+    assert found == Checkpoint(path=tmp_path / "out" / "checkpoint-12", step=12)
 
 
 def test_the_stand_in_dies_with_torchs_words_where_its_law_says_so(tmp_path: Path) -> None:
