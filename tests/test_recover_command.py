@@ -326,6 +326,8 @@ def test_launchers_in_front_are_left_alone(read: Read, tmp_path: Path, launcher:
 def test_world_size_of_trainers_that_launch_themselves(read: Read, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("output_dir: o\n")
     assert read("trl sft --config x.yaml --num_processes 2").world_size == 2
+    (tmp_path / "acc.yaml").write_text("num_processes: 4\n")
+    assert read("accelerate launch --config_file acc.yaml train.py --num_train_epochs 1").world_size == 4
     assert read("axolotl train x.yaml --launcher torchrun -- --nproc_per_node=2").world_size == 2
     forced = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
     assert read("llamafactory-cli train x.yaml", **forced).world_size == 2
@@ -562,6 +564,39 @@ def test_a_start_from_nothing_overrides_a_trainer_that_resumes_by_itself(read: R
     assert launched(read("axolotl train x.yaml"), {}, tmp_path / "f").argv == ("axolotl", "train", "x.yaml")
 
 
+@pytest.mark.parametrize("text", ["a:\n    b: null\nmicro_batch_size: 8\n", "---\nc:\nd: []\nmicro_batch_size: 8\n"])
+def test_a_files_own_way_of_writing_is_kept(read: Read, tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    launch = launched(read("axolotl train x.yaml"), {"micro_batch_size": 4}, tmp_path / "f")
+    assert Path(launch.argv[-1]).read_text() == text.replace("8", "4")
+
+
+def test_a_path_with_an_equals_sign_is_a_path(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "lr=1/x.yaml").write_text("per_device_train_batch_size: 8\n")
+    for word in ("lr=1/x.yaml", "--config=lr=1/x.yaml", "cfg=lr=1/x.yaml"):
+        launch = launched(read(f"python train.py {word}"), {"micro_batch_size": 4}, tmp_path / "f")
+        assert launch.argv[-1] == word.removesuffix("lr=1/x.yaml") + str(tmp_path / "f/config-x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "trainer"),
+    [
+        ("python -m trl sft --config x.yaml", "trl"),
+        ("python -m trl.scripts.sft --config x.yaml", "trl"),
+        ("torchrun --nproc_per_node 2 trl/scripts/dpo.py --config x.yaml", "trl"),
+        ("accelerate launch -m axolotl.cli.train x.yaml", "axolotl"),
+        ("python -m axolotl.cli.main train x.yaml", "axolotl"),
+        ("python -m llamafactory.cli train x.yaml", "llamafactory"),
+        ("llamafactory-cli train --stage sft --output_dir o", "llamafactory"),
+    ],
+)
+def test_trainers_are_known_however_they_are_started(read: Read, tmp_path: Path, words: str, trainer: str) -> None:
+    (tmp_path / "x.yaml").write_text("output_dir: o\n")
+    command = read(words)
+    assert (command.settings.trainer, command.settings.output_dir) == (trainer, "o")
+
+
 # Placeholders
 
 
@@ -665,6 +700,16 @@ def test_the_allocators_variable_is_the_one_that_this_torch_reads(programs: Path
     assert sorted(unknown) == ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]
     words = "env PYTORCH_CUDA_ALLOC_CONF=a:1 python t.py --save_strategy no"
     assert launched(read(words), change, tmp_path).argv[1] == "PYTORCH_CUDA_ALLOC_CONF=a:1,expandable_segments:True"
+
+
+def test_an_argument_that_a_script_makes_no_use_of_does_not_resume_it(read: Read, tmp_path: Path) -> None:
+    for call, resumes in (("trainer.train()", False), ("trainer.train(args.resume_from_checkpoint)", True)):
+        (tmp_path / "train.py").write_text(HF_SCRIPT + call)
+        assert read("python train.py").can_resume is resumes
+        assert read("python train.py", hooked=True).can_resume
+    (tmp_path / "train.py").write_text(HF_SCRIPT + "trainer.train()")
+    with pytest.raises(InvalidRequest, match="cannot be told to resume"):
+        launched(read("python train.py"), {}, tmp_path, resume=Path("o/c-1"))
 
 
 def test_only_what_changes_is_shown(read: Read, tmp_path: Path) -> None:

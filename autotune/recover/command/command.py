@@ -49,8 +49,7 @@ class TrainingCommand:
     @property
     def can_resume(self) -> bool:
         """Whether it can be told to resume from a checkpoint."""
-        by_words = RESUME in self.placeholders or (self.dialect is not None and self.dialect.can_resume(self._raw()))
-        return by_words or self._by_plan("micro_batch_size", 1)
+        return self._resumes_by_words or self._by_plan("micro_batch_size", 1)
 
     def can(self, name: str, value: Any) -> bool:
         """Whether it can be told to run with this value of a setting, or of "allocator"."""
@@ -69,6 +68,8 @@ class TrainingCommand:
         for name, value in change.items():
             if not self.can(name, value):
                 raise InvalidRequest(f"this command cannot be told {name} {value}: {ways(self.carriers)}")
+        if resume and not self.can_resume:
+            raise InvalidRequest(f"this command cannot be told to resume from {resume}: {ways(self.carriers)}")
         reading = self._reading(change, resume)
         edits = self._edits(change, resume, fresh, reading)
         words, shown = reading.edited(edits, folder)
@@ -132,8 +133,13 @@ class TrainingCommand:
             for name, value in change.items()
             if name != ALLOCATOR and name not in self.placeholders and not self._direct(name, value)
         ]
-        by_words = RESUME in self.placeholders or (self.dialect is not None and self.dialect.can_resume(self._raw()))
-        return [*lines, f"resume from {resume} (in {self._reader})"] if resume and not by_words else lines
+        if resume and not self._resumes_by_words:
+            lines.append(f"resume from {resume} (in {self._reader})")
+        return lines
+
+    @property
+    def _resumes_by_words(self) -> bool:
+        return RESUME in self.placeholders or (self.dialect is not None and self.dialect.can_resume(self._raw()))
 
     @property
     def _reader(self) -> str:

@@ -18,6 +18,8 @@ from autotune.recover.command.stated import Stated
 SUFFIXES = (".yaml", ".yml", ".json")
 _MAX_BYTES = 1 << 20
 _WIDTH = 1 << 20  # no line is ever folded
+#: A list that stands further right than its key.
+_INDENTED_LIST = re.compile(r"^[^\s#-][^\n]*:[^\S\n]*(#[^\n]*)?\n(\s*(#[^\n]*)?\n)*[^\S\n]+- ", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +27,7 @@ class ConfigFile:
     """A config file that a command names."""
 
     word: str  # that names it: the path, or --config=path
+    prefix: str  # of that word, before the path
     path: Path
     keys: Mapping[str, Any]
     text: str
@@ -39,10 +42,11 @@ def read_file(word: str, cwd: Path) -> ConfigFile:
 
     Raises InvalidRequest: not there, no text, neither YAML nor JSON, a key twice, no mapping.
     """
-    path = cwd / word.rpartition("=")[2]
+    prefix = "" if "=" not in word or (cwd / word).exists() else word[: word.index("=") + 1]
+    path = cwd / word.removeprefix(prefix)
     text = _text(path)
     keys = _of_json(text, path) if path.suffix.lower() == ".json" else _of_yaml(text, path)
-    return ConfigFile(word=word, path=path, keys=keys, text=text)
+    return ConfigFile(word=word, prefix=prefix, path=path, keys=keys, text=text)
 
 
 def write_copy(file: ConfigFile, edits: Mapping[str, Any], folder: Path) -> tuple[Path, list[str]]:
@@ -159,12 +163,27 @@ def _update(old: dict[str, Any], new: Mapping[str, Any]) -> None:
 
 
 def _round_trip(text: str = "") -> Any:
+    """A reader and writer that keeps this text's comments, quotes and indents."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="rt")
     yaml.preserve_quotes = True
     yaml.width = _WIDTH
     yaml.explicit_start = bool(re.search(r"^---\s", text, re.MULTILINE)) or None
-    if re.search(r"^[^\s#-][^\n]*:[^\S\n]*(#[^\n]*)?\n(\s*(#[^\n]*)?\n)*[^\S\n]+- ", text, re.MULTILINE):
-        yaml.indent(mapping=2, sequence=4, offset=2)
+    nested = re.search(r"^[^\s#-][^\n]*:[^\S\n]*\n( +)[^\s#-]", text, re.MULTILINE)
+    offset = 2 if _INDENTED_LIST.search(text) else 0
+    yaml.indent(mapping=len(nested[1]) if nested else 2, sequence=offset + 2, offset=offset)
+    if re.search(r":[^\S\n]+null\b", text):  # else an empty value is left empty
+        yaml.Representer = _with_nulls()
     return yaml
+
+
+def _with_nulls() -> Any:
+    """A class of its own: representers are added to classes, for every file to come."""
+    from ruamel.yaml.representer import RoundTripRepresenter
+
+    class Nulls(RoundTripRepresenter):
+        pass
+
+    Nulls.add_representer(type(None), lambda made, _: made.represent_scalar("tag:yaml.org,2002:null", "null"))
+    return Nulls

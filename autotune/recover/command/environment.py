@@ -46,6 +46,8 @@ def version_beside(program: Path | None, package: str) -> tuple[int, int] | None
     """Major and minor version of a package in the environment that a program lies in; None: not known."""
     if program is None:
         return None
+    if not program.name.startswith("python"):  # a link to a tool's own environment; an interpreter's stays where it is
+        program = program.resolve()
     for folder in program.parent.parent.glob(
         "[Ll]ib*/**/site-packages" if os.name == "nt" else "lib/python3*/site-packages"
     ):

@@ -34,8 +34,12 @@ def fill(words: Sequence[str], values: Mapping[str, Any]) -> list[str]:
                 filled.pop()
                 continue
         option = word.partition("=")[0] if "=" in word else before
-        filled.append(_NAME.sub(lambda match, option=option: _text(match[1], values, option), word))  # type: ignore[misc]
+        filled.append(_substituted(word, values, option))
     return filled
+
+
+def _substituted(word: str, values: Mapping[str, Any], option: str) -> str:
+    return _NAME.sub(lambda match: _text(match[1], values, option), word)
 
 
 def _text(name: str, values: Mapping[str, Any], option: str) -> str:

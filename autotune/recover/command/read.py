@@ -19,7 +19,7 @@ from autotune.recover.command.options import Style, scan
 from autotune.recover.command.placeholders import fill, names_in
 from autotune.recover.command.reading import Reading, read_words
 from autotune.recover.command.script import Script, read_script
-from autotune.recover.command.words import Parts, split
+from autotune.recover.command.words import Parts, options_before, split
 from autotune.recover.facts import Settings
 
 #: Keys of which a trainer's config file has one; a DeepSpeed file, say, has none.
@@ -50,12 +50,13 @@ def read_command(
     settings = dialect.settings(reading.raw) if dialect else Settings()
     carriers = _carriers(reading, dialect, placeholders, script, hooked)
     if not carriers:
-        raise InvalidRequest(f"{' '.join(words[:3])[:80]}: {ways()}")
+        name = parts.script or parts.module or words[parts.program]
+        raise InvalidRequest(f"{name[:80]}: {ways()}")
     return TrainingCommand(
         argv=tuple(argv),
         carriers=carriers,
         settings=_with_start(settings, begin, placeholders, script),
-        world_size=parts.world_size,
+        world_size=parts.world_size or _world_size(words, parts, file, cwd),
         environ=dict(environ),
         dialect=dialect,
         style=style,
@@ -97,6 +98,18 @@ def _with_start(settings: Settings, begin: Mapping[str, Any], names: frozenset[s
     return replace(settings, **filled)
 
 
+def _world_size(words: Sequence[str], parts: Parts, file: ConfigFile | None, cwd: Path) -> int | None:
+    """Processes, where a config file of accelerate or trl says. One that cannot be read is for accelerate to tell."""
+    keys: Mapping[str, Any] = file.keys if file is not None and parts.trainer == "trl" else {}
+    if name := options_before(words, parts.program, parts.begin).get("config_file"):
+        try:
+            keys = read_file(name, cwd).keys
+        except InvalidRequest:
+            return None
+    count = keys.get("num_processes")
+    return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else None
+
+
 # The config file
 
 
@@ -118,7 +131,7 @@ def _config_file(words: Sequence[str], parts: Parts, script: Script, cwd: Path) 
 
 def _named(arguments: Sequence[str], option: str) -> str | None:
     """The word that holds an option's value."""
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if word == option and following:
             return following
         if word.startswith(f"{option}="):
@@ -161,7 +174,8 @@ def _addable(parts: Parts, script: Script, file: ConfigFile | None) -> frozenset
     if parts.shell:
         return frozenset()
     if file or not script.own_parser:
-        return frozenset(ARGUMENTS)
+        unused = {"resume_from_checkpoint"} if script.ignores("resume_from_checkpoint") else set()
+        return frozenset(ARGUMENTS) - unused
     named = frozenset(field for field, keys in ARGUMENTS.items() if script.names(keys))
     return named if script.bare_checkpointing else named - {"gradient_checkpointing"}
 

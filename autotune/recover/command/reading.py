@@ -42,7 +42,7 @@ class Reading:
             return words, shown
         copy, lines = write_copy(file, in_file, folder)
         at = words.index(file.word, self.parts.begin)
-        words[at] = file.word[: len(file.word) - len(file.word.rpartition("=")[2])] + str(copy)
+        words[at] = f"{file.prefix}{copy}"
         return words, [*shown, *lines]
 
 

@@ -28,6 +28,10 @@ class Script:
         """Whether its own parser has one of these options."""
         return any(f"--{name}" in self.text for key in keys for name in (key, key.replace("_", "-")))
 
+    def ignores(self, argument: str) -> bool:
+        """Whether it trains itself, and makes no use of an argument that its parser takes."""
+        return ".train(" in self.text and argument not in self.text
+
 
 def read_script(path: Path | None) -> Script:
     """Never raises: a script that cannot be read tells nothing."""
