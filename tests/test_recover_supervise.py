@@ -8,11 +8,14 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
+import tty
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,6 +205,18 @@ def test_a_full_disk_does_not_stop_the_run_and_is_said_once(attempt: Attempt) ->
     assert ended.exit_code == 0
     assert attempt.stdout.read_bytes() == b"x" * 50_000
     assert [note for note in ended.notes if "misses some of the output" in note] == list(ended.notes)
+
+
+def test_a_terminal_of_ours_gets_the_same_bytes_and_stays_as_it_is(attempt: Attempt) -> None:
+    ours, terminal = os.openpty()
+    tty.setraw(terminal)
+    output = Output(attempt.log, stdout=terminal, stderr=terminal)
+    with contextlib.closing(output):
+        attempt.run_with(output, python("os.write(1, b'12%\\r13%\\n'); os.write(1, b'\\x1b[1mbold')"))
+    assert os.get_blocking(terminal)  # the shell has it, too
+    os.close(terminal)
+    assert os.read(ours, 100) == b"12%\r13%\n\x1b[1mbold"
+    os.close(ours)
 
 
 def test_standard_input_is_empty(attempt: Attempt) -> None:
@@ -531,6 +546,28 @@ def test_the_cards_memory_is_waited_for_and_told(attempt: Attempt) -> None:
     assert ended.free_before_bytes == 8 * GIB
     assert ended.free_after_bytes == 8 * GIB - MIB
     assert ended.tenants_bytes == 5
+
+
+def test_a_process_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits for a device that has hung: here, signals are lost."""
+    monkeypatch.setattr("autotune.recover.ending.send", lambda process, number: False)
+    monkeypatch.setattr("autotune.recover.ending._GIVE_UP_S", 0.5)
+    attempt = Attempt(tmp_path, limits=replace(QUICK, stall_floor_s=0.5))
+    started: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr("autotune.recover.start.subprocess.Popen", lambda *a, **o: _kept(started, *a, **o))
+    ended = attempt.run(python("tell('begin', step=0); steps(1, 5); time.sleep(60)"))
+    assert (ended.exit_code, ended.ended_by) == (None, EndedBy.STALL)
+    assert any("processes that do not end" in note for note in ended.notes)
+    started[0].kill()  # the keeper, and the kernel ends the command with it
+    started[0].wait()
+
+
+def _kept(started: list[subprocess.Popen[bytes]], *words: Any, **options: Any) -> subprocess.Popen[bytes]:
+    started.append(_POPEN(*words, **options))
+    return started[0]
+
+
+_POPEN = subprocess.Popen
 
 
 def test_an_error_of_our_own_leaves_nothing(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,13 @@ class Ending:
         """The steps of an earlier reason stay: the first deadline counts."""
         self.by = by
 
+    def death_seen(self, seen: bool) -> None:
+        """The first rank's death counts, until none is dead: training began anew."""
+        if not seen:
+            self.death_at = None
+        elif self.death_at is None:
+            self.death_at = self._clock.now()
+
     def plan(self, after_s: float, step: Callable[[list[Process]], None]) -> None:
         self._plan.append((self._clock.now() + after_s, step))
 

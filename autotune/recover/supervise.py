@@ -190,10 +190,7 @@ class _Attempt:
         self.report_at = now
         if _mark(before) != _mark(self.told):
             self.step_at = now
-        if self.told.deaths and self.told.deaths != before.deaths:
-            self.ending.death_at = now
-        elif not self.told.deaths:
-            self.ending.death_at = None
+        self.ending.death_seen(bool(self.told.deaths))
         self.on_progress(self.told.progress)
 
     def look(self) -> None:
@@ -298,7 +295,7 @@ class _Attempt:
         def escaped() -> list[Process]:
             processes = read_processes()
             found = [*members(self.started.keeper.pid, processes), *marked(self.place.resolve(), processes)]
-            return list({process.pid: process for process in found}.values())
+            return list({process.pid: process for process in found if process.pid != self.started.keeper.pid}.values())
 
         ended = end(escaped, grace_s=self.limits.end_grace_s)
         if self.pid is not None and self.exit_code is None:  # the kernel ended the command with its keeper

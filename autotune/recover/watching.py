@@ -111,9 +111,9 @@ def spill(told: Told, device: Device | None, limits: AttemptLimits) -> str | Non
     if device is None or device.kind == "cpu" or device.unified_memory or device.total_bytes is None:
         return None
     total, free = device.total_bytes, device.free_bytes
-    reserved = told.progress.peak_reserved_bytes or 0
-    if reserved + limits.context_bytes > total:
-        return f"the trainer holds {reserved} bytes and its context, the card has {total}"
+    reserved, of = told.progress.peak_reserved_bytes or 0, told.progress.device_total_bytes or total
+    if reserved + limits.context_bytes > of:
+        return f"the trainer holds {reserved} bytes and its context, the card has {of}"
     if free is not None and free < 0:
         return f"{total - free} bytes are in use of a card of {total}"
     if device.wsl and free is not None and free < _FULL_FRACTION * total and (slow := collapse(told)):
