@@ -60,8 +60,8 @@ def serve(
 ) -> None:
     """Be the daemon of `home` until SIGTERM or SIGINT. Raises InvalidRequest where one runs, StoreError."""
     limits, wakeup, notifier = limits or DaemonLimits(), Wakeup(), Notifier()
-    with only_daemon(home), wakeup.listening(), open_jobs(home) as store:
-        found = slots()
+    with only_daemon(home), wakeup.listening():
+        daemon = Daemon(open_jobs(home), found := slots(), limits, command)
         facts = DaemonFacts(
             process=own_process_id(),
             since_utc=utc_now(),
@@ -71,12 +71,12 @@ def serve(
         )
         write_daemon(home, facts)
         log.info("autotune %s, pid %d: serving %s on %s", __version__, os.getpid(), home, ", ".join(facts.devices))
-        daemon = Daemon(store, found, limits, command)
         notifier.say("READY=1")
         while wakeup.stop is None:
             daemon.turn_and_go_on()
             notifier.alive()
             wakeup.wait(limits.tick_s)
+        daemon.store.close()
         notifier.say("STOPPING=1")
         log.info("stopped by %s; %d supervisors go on", signal.Signals(wakeup.stop).name, len(daemon.live))
 
@@ -119,10 +119,9 @@ class Daemon:
     def _reopen_if_moved(self) -> None:
         if not self.store.is_in_place():
             log.warning("%s was moved away: opening it anew", self.store.path)
-            home = self.store.home
+            new = open_jobs(self.store.home)
             self.store.close()
-            self.store = open_jobs(home)
-            self._seen = None
+            self.store, self._seen = new, None
 
     def _is_anything_new(self) -> bool:
         """Something was written, or something is running that may have ended."""
@@ -143,12 +142,15 @@ class Daemon:
 
     def _take_back(self, job: Job, code: int | None) -> None:
         """A live row without supervisor: nothing of the run may go on; then it is queued again, or given up."""
+        job = self.store.job(job.id)  # its supervisor's last words may have come since
+        if job.state not in LIVE:
+            return
         if ended := end_leftovers(job):
             log.warning("%s: ended what its supervisor left behind (pids %s)", job.label, ", ".join(map(str, ended)))
         if job.state is State.CANCELLING:
             self._close(job, State.CANCELLED, code, "cancelled")
         elif job.kind == "run":
-            self.store.interrupt(job.id, "its supervisor died: start the command again, with --resume")
+            self.store.interrupt(job.id, "its supervisor died: start the command again, with --resume", seen=job)
         elif code is not None and code >= 0 and code not in _SIGNALLED:
             self._close(
                 job, State.FAILED if code else State.FINISHED, code, f"its supervisor ended with exit code {code}"
@@ -164,13 +166,14 @@ class Daemon:
             self._close(job, State.FAILED, None, f"its supervisor died {restarts} times without progress")
             return
         why = "the machine was started anew" if rebooted else "its supervisor died"
-        self.store.interrupt(job.id, f"{why}: to be resumed", restarts=restarts)
+        self.store.interrupt(job.id, f"{why}: to be resumed", restarts=restarts, seen=job)
         log.warning("%s: %s, it is to be resumed", job.label, why)
 
     def _close(self, job: Job, state: State, code: int | None, message: str) -> None:
         """What a supervisor could not say itself."""
-        job = self.store.finish(job.id, state, exit_code=code, message=message)
+        job = self.store.finish(job.id, state, exit_code=code, message=message, seen=job)
         log.info("%s: %s (%s)", job.label, job.state, message)
+        self._seen = None  # its place is free, and no other process has written that
         if job.state in (State.FINISHED, State.FAILED):
             tell(job, Event(job.state.value), message, home=self.store.home)
 

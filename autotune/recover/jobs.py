@@ -22,7 +22,7 @@ from autotune.recover.facts import Incident
 from autotune.recover.identity import ProcessId, own_process_id
 from autotune.recover.job import ENDED, LIVE, QUEUED, Job, NewJob, State, Waiting
 from autotune.recover.jobs_schema import APPLICATION_ID, SCHEMA_VERSION, build
-from autotune.recover.private import check_private, kept_environ, masked, refuse_secrets
+from autotune.recover.private import check_private, kept_environ, masked, refuse_secrets, without_secrets
 from autotune.values import from_json, to_json
 from gpu_db.migrations import schema_version, transaction
 from gpu_db.sqlite_file import closed_on_error, connect, create_if_missing, explained
@@ -154,40 +154,46 @@ class JobStore:
             other = job.supervisor is not None and job.supervisor != supervisor and job.supervisor.is_alive
             if job.state not in LIVE or other:
                 return False
-            self._connection.execute(
-                "UPDATE jobs SET supervisor = ? WHERE id = ?", (json.dumps(asdict(supervisor)), job_id)
-            )
+            self._connection.execute("UPDATE jobs SET supervisor = ? WHERE id = ?", (_as_text(supervisor), job_id))
         return True
 
     def update(self, job_id: int, *, state: State | None = None, **reported: Any) -> State:
-        """How far it is; what is None stays. Cheap: not flushed to disk. Gives its state: CANCELLING means stop.
+        """How far it is; what is None stays. Cheap: not flushed to disk.
+
+        Gives its state: a supervisor stops where that is CANCELLING or no longer `LIVE`.
 
         `reported`: columns of `Job` that a supervisor knows (step, max_steps, tokens_per_second, message, …).
         """
         if unknown := reported.keys() - _REPORTED:
             raise ValueError(f"not a supervisor's to say: {', '.join(sorted(unknown))}")
-        said = {name: value for name, value in reported.items() if value is not None}
+        said = {name: without_secrets(value) for name, value in reported.items() if value is not None}
         if state is not None:
             said["state"] = state.value
+        said["updated_utc"] = utc_now()
         changes = ", ".join(f"{name} = ?" for name in said)
-        going_on = tuple(live for live in LIVE if live is not State.CANCELLING)
-        self._change(f"{changes}, updated_utc = ?" if said else "updated_utc = ?", (*said.values(), utc_now()), job_id,
-                     going_on, durable=False)  # fmt: skip
+        going_on = [live for live in LIVE if live is not State.CANCELLING]
+        self._change(changes, tuple(said.values()), job_id, going_on, durable=False)
         return self.job(job_id).state
 
-    def finish(self, job_id: int, state: State, *, exit_code: int | None = None, message: str = "") -> Job:
-        """It has ended for good, once: a later word changes nothing. `state` is one of `ENDED`."""
+    def finish(
+        self, job_id: int, state: State, *, exit_code: int | None = None, message: str = "", seen: Job | None = None
+    ) -> Job:
+        """It has ended for good, once: a later word changes nothing. `state` is one of `ENDED`.
+
+        `seen`: the row that this is said of; where another supervisor has it by now, nothing changes.
+        """
         if state not in ENDED:
             raise ValueError(f"{state} is no end")
         self._change(
             "state = ?, ended_utc = ?, exit_code = ?, message = ?, supervisor = NULL",
-            (state.value, utc_now(), exit_code, message),
+            (state.value, utc_now(), exit_code, without_secrets(message)),
             job_id,
             (*LIVE, *QUEUED),
+            seen=seen,
         )
         return self.job(job_id)
 
-    def interrupt(self, job_id: int, message: str, *, restarts: int = 0) -> Job:
+    def interrupt(self, job_id: int, message: str, *, restarts: int = 0, seen: Job | None = None) -> Job:
         """Its supervisor ends or has ended without an end of the run: it is to be resumed, or was to be cancelled."""
         self._change(
             "state = CASE state WHEN 'cancelling' THEN 'cancelled' ELSE 'interrupted' END,"
@@ -196,6 +202,7 @@ class JobStore:
             (message, utc_now(), restarts),
             job_id,
             LIVE,
+            seen=seen,
         )
         return self.job(job_id)
 
@@ -232,8 +239,8 @@ class JobStore:
             "steps_lost": incident.steps_lost,
             "seconds_lost": incident.seconds_lost,
             "resumed_from": incident.resumed_from,
-            "message": incident.message,
-            "incident": json.dumps(to_json(incident)),
+            "message": without_secrets(incident.message),
+            "incident": json.dumps(without_secrets(to_json(incident))),
         }
         names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
         with explained(self.path), self._durable(), transaction(self._connection):
@@ -299,7 +306,7 @@ class JobStore:
             "gpu": new.gpu,
             "submitted_utc": utc_now(),
             "started_utc": started_utc,
-            "supervisor": json.dumps(asdict(supervisor)) if supervisor else None,
+            "supervisor": _as_text(supervisor),
         }
         names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
         with explained(self.path), self._durable(), transaction(self._connection):
@@ -307,13 +314,23 @@ class JobStore:
         return self.job(int(cursor.lastrowid or 0))
 
     def _change(
-        self, changes: str, values: tuple[Any, ...], job_id: int, states: Iterable[State], *, durable: bool = True
+        self,
+        changes: str,
+        values: tuple[Any, ...],
+        job_id: int,
+        states: Iterable[State],
+        *,
+        durable: bool = True,
+        seen: Job | None = None,
     ) -> bool:
-        """Change the row if it is in one of these states; whether it was."""
+        """Change the row if it is in one of these states and, of `seen`, has the same supervisor; whether it did."""
         marks = ", ".join(f"'{state}'" for state in states)
         statement = f"UPDATE jobs SET {changes} WHERE id = ? AND state IN ({marks})"
+        values = (*values, job_id)
+        if seen is not None:
+            statement, values = f"{statement} AND supervisor IS ?", (*values, _as_text(seen.supervisor))
         with explained(self.path), self._durable(durable), transaction(self._connection):
-            return self._connection.execute(statement, (*values, job_id)).rowcount == 1
+            return self._connection.execute(statement, values).rowcount == 1
 
     @contextmanager
     def _durable(self, flush: bool = True) -> Iterator[None]:
@@ -325,6 +342,10 @@ class JobStore:
         with explained(self.path):
             rows = self._connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs {where}", values).fetchall()
         return [job for job in map(_job, rows) if job is not None]
+
+
+def _as_text(process: ProcessId | None) -> str | None:
+    return None if process is None else json.dumps(asdict(process))
 
 
 def _job(row: tuple[Any, ...]) -> Job | None:

@@ -8,6 +8,7 @@ import shlex
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from autotune.errors import InvalidRequest, StoreError
 
@@ -24,7 +25,8 @@ _SECRET_OPTION = re.compile(  # a trainer's --eos_token is none
 )
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}|AKIA[A-Z0-9]{16}"
-    r"|xox[abprs]-[\w-]{10,}|[a-z][a-z0-9+.-]*://[^\s/@:]+:[^\s/@]+@\S+)"
+    r"|xox[abprs]-[\w-]{10,}|https://(hooks\.slack|discord(app)?)\.com/\S+"
+    r"|[a-z][a-z0-9+.-]*://[^\s/@:]+:[^\s/@]+@\S+)"
 )
 _OPTION = re.compile(r"(--?[A-Za-z][\w.-]*|[A-Za-z_]\w*)=(.+)", re.DOTALL)
 
@@ -77,6 +79,17 @@ def masked(words: Sequence[str]) -> tuple[str, ...]:
     """The words with secrets as "…", to keep or to print."""
     secret = set(secret_words(words))
     return tuple(_mask(word) if number in secret else word for number, word in enumerate(words))
+
+
+def without_secrets(data: Any) -> Any:
+    """JSON data in which what looks like a token, or a URL with a password, is "…"."""
+    if isinstance(data, str):
+        return _SECRET_VALUE.sub("…", data)
+    if isinstance(data, list | tuple):
+        return [without_secrets(item) for item in data]
+    if isinstance(data, dict):
+        return {key: without_secrets(item) for key, item in data.items()}
+    return data
 
 
 def refuse_secrets(words: Sequence[str]) -> None:
