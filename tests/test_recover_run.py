@@ -45,7 +45,7 @@ class Command:
     settings: Settings = SETTINGS
     launched: list[tuple[dict[str, Any], Path | None]] = field(default_factory=list)
 
-    def launch(self, change: Change, *, resume: Path | None, folder: Path) -> Launch:
+    def launch(self, change: Change, *, resume: Path | None, folder: Path, fresh: bool = False) -> Launch:
         self.launched.append((dict(change), resume))
         return Launch(argv=("train",), environ={})
 
@@ -62,7 +62,7 @@ class Scene:
     saved: list[RunState] = field(default_factory=list)
     prepared: list[tuple[Checkpoint, int | None]] = field(default_factory=list)
     recorded: list[tuple[Verdict, int | None]] = field(default_factory=list)
-    asked: list[tuple[str, float]] = field(default_factory=list)
+    asked: list[tuple[str | None, float | None]] = field(default_factory=list)
     told: list[Incident] = field(default_factory=list)
     waited: list[float] = field(default_factory=list)
 
@@ -85,12 +85,12 @@ class Scene:
             incident = staticmethod(scene.incident)
             ends = staticmethod(scene.ends_with)
 
-        def newest(place: str, since: float) -> Checkpoint | None:
-            self.asked.append((place, since))
+        def newest(state: RunState) -> Checkpoint | None:
+            self.asked.append((state.output_dir, state.began_at))
             return self.newest
 
-        def wait(seconds: float) -> bool:
-            self.waited.append(seconds)
+        def wait(decision: Decision, ended: Ended) -> bool:
+            self.waited.append(decision.wait_s)
             return self.stopped
 
         seams = Seams(
@@ -102,6 +102,7 @@ class Scene:
             record=lambda ended, judgement, settings: self.recorded.append(
                 (judgement.verdict, settings.micro_batch_size)
             ),
+            place=lambda number: Path("/run", f"attempt-{number}"),
             save=self.saved.append,
             observer=Heard(),
             wait=wait,
@@ -109,7 +110,7 @@ class Scene:
             now_utc=lambda: "2026-01-01T00:00:00+00:00",
         )
         state = state or RunState(run_id="r", argv=("train",), cwd="/data", output_dir="out")
-        return run(state, self.command, Path("/run"), seams, resume=resume)
+        return run(state, self.command, seams, resume=resume)
 
 
 def step_down(**change: Any) -> Decision:
@@ -131,7 +132,7 @@ def test_after_out_of_memory_it_resumes_with_the_change_from_the_newest_checkpoi
     state = scene.go()
     assert scene.command.launched == [({}, None), (HALF, TEN.path)]
     assert scene.prepared == [(TEN, 4)]
-    assert scene.asked == [("/data/out", 1000.0)]
+    assert scene.asked == [("out", 1000.0)]
     assert (state.exit_code, state.attempts) == (0, 2)
     assert scene.recorded == [(Verdict.DEVICE_OOM, 8), (Verdict.FITS, 4)]
 

@@ -21,7 +21,7 @@ from autotune.cli.run_options import run_options
 @click.option("--job", type=int, hidden=True, help="Of the daemon: run this job of its queue.")
 @click.argument("words", metavar="COMMAND...", nargs=-1, type=click.UNPROCESSED)
 @click.pass_context
-def command(context: click.Context, words: tuple[str, ...], **options: Any) -> None:
+def command(context: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
     """Run one training command; when it runs out of memory, resume it with a config that fits.
 
     The effective batch size, the order of the samples and the learning rates stay the same. The exit code is the
@@ -33,6 +33,6 @@ def command(context: click.Context, words: tuple[str, ...], **options: Any) -> N
       autotune run --plan fit.yaml --memory-limit 12GiB -- python train.py --output_dir out
       autotune run --dry-run -- accelerate launch train.py --per_device_train_batch_size 8
     """
-    from autotune.cli import run_job
+    from autotune.cli.run_job import main
 
-    context.exit(run_job.main(words, options))
+    context.exit(main(words, options))

@@ -29,6 +29,7 @@ class RunState:
     changed: dict[str, Any] | None = None  # settings that differ from the command's own
     incidents: tuple[Incident, ...] = ()
     began_at: float | None = None  # `time.time()` of the first attempt: older checkpoints are another run's
+    leftovers: dict[str, int] | None = None  # of another run, in the output folder at the beginning; None: not known
     output_dir: str | None = None  # as the command or its trainer said
     finished: bool = False  # it ended well, or was stopped for good
     exit_code: int | None = None

@@ -21,6 +21,7 @@ from autotune.recover.facts import (
 )
 from autotune.recover.longest import changed
 from autotune.recover.plan import RunState, with_incident
+from autotune.recover.policy import last_step
 from autotune.values import Judgement, Verdict
 
 
@@ -40,7 +41,7 @@ class Command(Protocol):
     @property
     def settings(self) -> Settings: ...
 
-    def launch(self, change: Change, *, resume: Path | None, folder: Path) -> Launch: ...
+    def launch(self, change: Change, *, resume: Path | None, folder: Path, fresh: bool = False) -> Launch: ...
 
 
 Decide = Callable[[Ended, Judgement, Sequence[Incident], Settings], Decision]
@@ -53,28 +54,29 @@ class Seams:
     attempt: Callable[[Launch, int, Settings, Change, Checkpoint | None], Ended]
     judge: Callable[[Ended], Judgement]
     decide: Decide
-    newest: Callable[[str, float], Checkpoint | None]  # complete checkpoint in an output folder, not older than a time
+    newest: Callable[[RunState], Checkpoint | None]  # complete, and of this run
     prepare: Callable[[Checkpoint, Settings], None]
     record: Callable[[Ended, Judgement, Settings], None]
+    place: Callable[[int], Path]  # the folder of an attempt, made
     save: Callable[[RunState], None]
     observer: Observer
-    wait: Callable[[float], bool]  # seconds; whether a stop was asked for meanwhile
+    wait: Callable[[Decision, Ended], bool]  # before the next attempt; whether a stop was asked for meanwhile
     now: Callable[[], float]
     now_utc: Callable[[], str]
 
 
-def run(state: RunState, command: Command, folder: Path, seams: Seams, *, resume: Checkpoint | None = None) -> RunState:
+def run(state: RunState, command: Command, seams: Seams, *, resume: Checkpoint | None = None) -> RunState:
     """Attempt after attempt; gives the state of the run's end, its exit code the command's.
 
     `resume` is where a run that was interrupted goes on. Raises what the seams raise; the state of each attempt is
     saved before it begins, so that a killed supervisor's successor knows what was tried.
     """
-    return _Run(state, command, folder, seams).go(resume)
+    return _Run(state, command, seams).go(resume)
 
 
 class _Run:
-    def __init__(self, state: RunState, command: Command, folder: Path, seams: Seams) -> None:
-        self.state, self.command, self.folder, self.seams = state, command, folder, seams
+    def __init__(self, state: RunState, command: Command, seams: Seams) -> None:
+        self.state, self.command, self.seams = state, command, seams
         self.settings = changed(command.settings, state.changed or {})
 
     def go(self, resume: Checkpoint | None) -> RunState:
@@ -85,12 +87,12 @@ class _Run:
             if is_well_ended(ended, judgement):
                 return self.finish(ended, 0)
             decision = self.seams.decide(ended, judgement, self.state.incidents, self.settings)
-            resume = None if decision.action is Action.STOP else self.resume_point()
+            resume = None if decision.action is Action.STOP else self.seams.newest(self.state)
             self.note(ended, judgement, decision, resume)
             if decision.action is Action.STOP:
                 return self.finish(ended, exit_code_of(ended))
             self.change(decision)
-            if self.seams.wait(decision.wait_s):
+            if self.seams.wait(decision, ended):
                 return self.finish(ended, exit_code_of(ended))
 
     def attempt(self, resume: Checkpoint | None) -> Ended:
@@ -100,25 +102,20 @@ class _Run:
         self.seams.save(self.state)
         if resume is not None:
             self.seams.prepare(resume, self.settings)
-        launch = self.command.launch(change, resume=resume.path if resume else None, folder=self.folder)
+        again = self.state.attempts > 1 and resume is None and self.command.settings.resume_from_checkpoint is None
+        place = self.seams.place(self.state.attempts)
+        launch = self.command.launch(change, resume=resume.path if resume else None, folder=place, fresh=again)
         self.seams.observer.attempt_starts(self.state.attempts, launch, resume, self.settings)
         ended = self.seams.attempt(launch, self.state.attempts, self.settings, change, resume)
         self.settings = with_reported(self.settings, ended.progress)
         self.state = replace(self.state, output_dir=self.settings.output_dir or self.state.output_dir)
         return ended
 
-    def resume_point(self) -> Checkpoint | None:
-        """The newest complete checkpoint that this run wrote; None: from where the command itself begins."""
-        if self.state.output_dir is None or self.state.began_at is None:
-            return None
-        place = Path(self.state.cwd, self.state.output_dir)
-        return self.seams.newest(str(place), self.state.began_at)
-
     def note(self, ended: Ended, judgement: Judgement, decision: Decision, resume: Checkpoint | None) -> None:
         """Keep the incident, with what it costs: the steps that were finished after the checkpoint are done again."""
         goes_on = decision.action is not Action.STOP
         step, death = last_step(ended), ended.death
-        lost = max(0, step - (resume.step if resume else first_step(ended))) if goes_on and step is not None else None
+        lost = max(0, step - (resume.step if resume else begin_step(ended))) if goes_on and step is not None else None
         pace = ended.progress.step_time_s
         incident = Incident(
             run_id=self.state.run_id,
@@ -158,13 +155,8 @@ def is_well_ended(ended: Ended, judgement: Judgement) -> bool:
     return judgement.verdict is Verdict.FITS and ended.exit_code == 0 and ended.ended_by is EndedBy.ITSELF
 
 
-def last_step(ended: Ended) -> int | None:
-    step = ended.death.step if ended.death else None
-    return ended.progress.step if step is None else step
-
-
-def first_step(ended: Ended) -> int:
-    """Where the attempt itself began, by what its trainer said."""
+def begin_step(ended: Ended) -> int:
+    """Where the next attempt begins without a checkpoint of this run: where this one did, by what its trainer said."""
     return ended.progress.first_step or 0
 
 
