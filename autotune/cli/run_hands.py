@@ -244,7 +244,10 @@ class Hands:
         write_state(self.folder, self.state)
 
     def record(self, ended: Ended, judgement: Judgement, settings: Settings) -> None:
-        from autotune.cli.run_record import record_trial
+        try:
+            from autotune.cli.run_record import record_trial
+        except ModuleNotFoundError:
+            return
 
         try:
             record_trial(ended, judgement, self._with_options(settings), self.asked.device, self.asked.limit_bytes)
@@ -274,7 +277,10 @@ class Hands:
         self.output.keep(f"autotune: {line}\n".encode())
 
     def _report(self) -> Path | None:
-        from autotune.recover.report import report_text
+        try:
+            from autotune.recover.report import report_text
+        except ModuleNotFoundError:
+            return None
 
         if self.state is None:
             return None
