@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from autotune.recover.facts import PLAN_SCHEMA
+from autotune.recover.trainer import hook_environ
 
 PYTHON = os.environ.get("AUTOTUNE_TRAINER_PYTHON", sys.executable)
 SCRIPT = Path(__file__).with_name("trainer_scenarios.py")
@@ -258,3 +259,62 @@ def test_a_request_to_stop_saves_and_ends_well(ran: Scenarios) -> None:
 
 def test_a_full_disk_for_events_does_not_hurt_training(ran: Scenarios) -> None:
     assert ran.result("full_disk")["losses"] == ran.result("plain")["losses"]
+
+
+def test_the_hook_alone_applies_the_plan_and_tells_the_run(tmp_path: Path) -> None:
+    """The script knows nothing of autotune, and the interpreter need not have it installed."""
+    script = tmp_path / "train.py"
+    script.write_text(HOOKED_SCRIPT)
+    plan = write_plan(tmp_path, changed={"micro_batch_size": 1, "gradient_accumulation_steps": 4})
+    done = run_python(script, plan, str(tmp_path / "out"))
+    assert done.returncode == 1, done.stderr
+    assert "autotune" not in done.stderr
+    events = read_events(tmp_path / "events.jsonl")
+    assert [event["event"] for event in events if event["event"] != "phase"] == [
+        "start", "begin", "step", "step", "step", "saved", "end", "died",
+    ]  # fmt: skip
+    assert {"python", "torch", "transformers"} <= events[0]["versions"].keys()
+    begin = next(event for event in events if event["event"] == "begin")
+    assert (begin["micro_batch_size"], begin["gradient_accumulation_steps"], begin["max_steps"]) == (1, 4, 3)
+    assert events[-1]["exception"] == "ValueError"
+    assert events[-1]["phase"] == "done"
+
+
+HOOKED_SCRIPT = """
+import sys, torch
+from transformers import Trainer, TrainingArguments
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+    def forward(self, values=None):
+        return {"loss": (values @ self.weight).square().mean()}
+
+class Mine(Trainer):
+    def training_step(self, *arguments, **named):
+        return super().training_step(*arguments, **named)
+
+arguments = TrainingArguments(
+    output_dir=sys.argv[1], per_device_train_batch_size=4, num_train_epochs=1, report_to="none", use_cpu=True,
+    disable_tqdm=True, save_strategy="epoch", remove_unused_columns=False,
+)
+Mine(model=Model(), args=arguments, train_dataset=[{"values": torch.ones(3)}] * 12).train()
+raise ValueError("after training")
+"""
+
+
+def write_plan(folder: Path, **plan: Any) -> Path:
+    document = {"schema": PLAN_SCHEMA, "events": str(folder / "events.jsonl"), **plan}
+    path = folder / "plan.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def run_python(script: Path, plan: Path | None, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environ = hook_environ(_environ(**more))
+    if plan is not None:
+        environ["AUTOTUNE_PLAN"] = str(plan)
+    return subprocess.run(
+        [PYTHON, str(script), *arguments], env=environ, cwd=script.parent, capture_output=True, text=True, timeout=120
+    )

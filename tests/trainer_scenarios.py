@@ -74,6 +74,14 @@ class Scenario(TrainerCallback):  # type: ignore[misc]
             torch.rand(3)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (simulated)")
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        def fail(*_: Any) -> None:
+            if self.step == self.told["at"]:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (simulated)")
+
+        if self.told.get("oom") == "optimizer":
+            getattr(optimizer, "optimizer", optimizer).register_step_pre_hook(fail)
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step, self.calls = state.global_step, 0
 
@@ -123,20 +131,7 @@ class Scenario(TrainerCallback):  # type: ignore[misc]
             callbacks=[self],
         )
         trainer = apply(apply(trainer))
-        if told.get("oom") == "optimizer":
-            self._break_optimizer(trainer)
         trainer.train(resume_from_checkpoint=told.get("resume"))
-
-    def _break_optimizer(self, trainer: Any) -> None:
-        optimizer = trainer.create_optimizer()
-        real = optimizer.step
-
-        def step(*arguments: Any, **named: Any) -> Any:
-            if self.step == self.told["at"]:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. (simulated)")
-            return real(*arguments, **named)
-
-        optimizer.step = step
 
 
 def main(folder: Path) -> None:
