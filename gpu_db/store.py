@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sqlite3
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +17,7 @@ from typing import Any
 from autotune.errors import StoreError
 from autotune.values import Device, FitRequest, TrialRecord, from_json, to_json
 from gpu_db.anonymous import anonymous, public_model_name
+from gpu_db.home import default_home as default_home
 from gpu_db.migrations import APPLICATION_ID, SCHEMA_VERSION, migrate, schema_version, transaction
 from gpu_db.sqlite_file import closed_on_error, connect, create_if_missing, explained
 
@@ -38,15 +37,6 @@ _REPORT_COLUMNS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_b
 _JSON_COLUMNS = ("config", "report", "judgement", "environment", "prediction", "moves")
 
 _FOREIGN = "{path} is not a GPU database of autotune: move it away, or point AUTOTUNE_HOME at another folder"
-
-
-def default_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where autotune keeps its files: $AUTOTUNE_HOME, or the platform's data folder of the user."""
-    if stated := environ.get("AUTOTUNE_HOME"):
-        return Path(stated).expanduser()
-    import platformdirs
-
-    return Path(platformdirs.user_data_dir("autotune"))
 
 
 def database_path(home: Path | None, device: Device) -> Path:

@@ -16,7 +16,7 @@ from autotune.recover.daemon_file import DaemonFacts, only_daemon, read_daemon
 from autotune.recover.job import LIVE, Job, State
 from autotune.recover.jobs import JobStore, open_jobs
 from autotune.recover.supervisors import end_leftovers, end_supervisors, is_gone
-from gpu_db.store import default_home
+from gpu_db.home import default_home
 
 _START_S = 150.0  # reading the devices is most of it
 _STOP_S = 90.0  # a hook may take a minute

@@ -78,6 +78,7 @@ def serve(
             wakeup.wait(limits.tick_s)
         daemon.store.close()
         notifier.say("STOPPING=1")
+        notifier.close()
         log.info("stopped by %s; %d supervisors go on", signal.Signals(wakeup.stop).name, len(daemon.live))
 
 

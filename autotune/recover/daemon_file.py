@@ -12,7 +12,7 @@ from pathlib import Path
 
 from autotune.errors import InvalidRequest
 from autotune.recover.identity import ProcessId
-from autotune.recover.plan import write_json
+from autotune.recover.json_file import write_json
 from autotune.recover.private import check_private
 
 log = logging.getLogger(__name__)

@@ -15,18 +15,19 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autotune.errors import InvalidRequest, StoreError
-from autotune.recover.facts import Incident
 from autotune.recover.identity import ProcessId, own_process_id
 from autotune.recover.job import ENDED, LIVE, QUEUED, Job, NewJob, State, Waiting
 from autotune.recover.jobs_schema import APPLICATION_ID, SCHEMA_VERSION, build
 from autotune.recover.private import check_private, kept_environ, masked, refuse_secrets, without_secrets
-from autotune.values import from_json, to_json
+from gpu_db.home import default_home
 from gpu_db.migrations import schema_version, transaction
 from gpu_db.sqlite_file import closed_on_error, connect, create_if_missing, explained
-from gpu_db.store import default_home
+
+if TYPE_CHECKING:
+    from autotune.recover.facts import Incident
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class JobStore:
         """Take it out of the queue, to be started on `device`. None: another process has, or it was cancelled."""
         taken = self._change(
             "state = 'running', device = ?, started_utc = ?, ended_utc = NULL, exit_code = NULL, supervisor = NULL,"
-            " step_at_start = step, message = 'starting'",
+            " step_at_start = step, message = ''",
             (device, utc_now()),
             job_id,
             QUEUED,
@@ -227,6 +228,8 @@ class JobStore:
         self._change("message = ?", (message,), job_id, QUEUED, durable=False)
 
     def add_incident(self, job_id: int, incident: Incident) -> None:
+        from autotune.values import to_json
+
         row = {
             "job_id": job_id,
             "number": incident.number,
@@ -367,6 +370,9 @@ def _job(row: tuple[Any, ...]) -> Job | None:
 
 
 def _incident(number: int, text: str) -> Incident | None:
+    from autotune.recover.facts import Incident  # a tenth of a second that a queue without incidents does not pay
+    from autotune.values import from_json
+
     try:
         return from_json(Incident, json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from autotune.errors import InvalidRequest, StoreError
 from autotune.recover.facts import PLAN_SCHEMA, PLAN_VARIABLE, Incident, Settings
+from autotune.recover.json_file import write_json
 from autotune.values import from_json, to_json
 
 STATE_SCHEMA = "autotune.run/1"
@@ -95,17 +94,3 @@ def write_state(folder: Path, state: RunState) -> None:
 
 def with_incident(state: RunState, incident: Incident) -> RunState:
     return replace(state, incidents=(*state.incidents, incident))
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Private, and replaced in one go. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -71,9 +71,9 @@ def place(
 
     `busy`: device → jobs there. A job that waits for every GPU lets none overtake it on one.
     """
-    everywhere = busy.get(ALL, 0)
-    free = {slot.id: share - busy.get(slot.id, 0) - (everywhere * share if slot.is_gpu else 0) for slot in slots}
-    gpus = [slot for slot in slots if slot.is_gpu] or list(slots)
+    gpus = wanted_slots(ALL, slots)
+    taken = {slot.id: busy.get(slot.id, 0) + (share if slot in gpus and busy.get(ALL) else 0) for slot in slots}
+    free = {slot.id: share - taken[slot.id] for slot in slots}
     placed: list[tuple[Waiting, str]] = []
     for job in waiting:
         if job.gpu == ALL:

@@ -17,12 +17,14 @@ Schema `autotune.status/1`, unknown is null, memory in bytes, time in seconds, t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autotune.recover.daemon_file import DaemonFacts
-from autotune.recover.facts import Incident
 from autotune.recover.identity import ProcessId
 from autotune.recover.job import LIVE, QUEUED, Job, State
+
+if TYPE_CHECKING:
+    from autotune.recover.facts import Incident
 
 SCHEMA = "autotune.status/1"
 
