@@ -141,11 +141,11 @@ def test_a_later_attempt_has_its_own_tail_and_the_same_log(attempt: Attempt) -> 
 
 
 def test_the_log_is_private_and_rotated(attempt: Attempt) -> None:
-    script = "for number in range(1000): os.write(1, b'%04d' % number + b'.' * 96)"
-    attempt.run(python(script), max_bytes=30_000, files=3)
+    script = "for number in range(2000): os.write(1, b'%04d' % number + b'.' * 996)"
+    attempt.run(python(script), max_bytes=100_000, files=3)
     names = sorted(path.name for path in attempt.folder.glob("output.log*"))
     assert names == ["output.log", "output.log.1", "output.log.2"]
-    assert all(path.stat().st_size <= 30_000 + 65_536 for path in attempt.folder.glob("output.log*"))
+    assert all(path.stat().st_size <= 100_000 for path in attempt.folder.glob("output.log*"))
     assert attempt.log.stat().st_mode & 0o777 == 0o600
     assert attempt.log.read_bytes().endswith(b"." * 96)
 
@@ -400,6 +400,35 @@ def test_a_launcher_that_dies_of_the_signal_leaves_its_trainer_the_grace(attempt
     assert attempt.stdout.read_text() == "ready\nsaved\n"
 
 
+def test_data_workers_are_spared_the_sigterm_on_which_their_trainer_saves(attempt: Attempt) -> None:
+    script = """
+        worker = subprocess.Popen(["sleep", "60"])
+        tell("start")
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        print("ready", flush=True)
+        while not asked:
+            time.sleep(0.05)
+        time.sleep(0.2)
+        print("worker", worker.poll(), flush=True)
+    """
+    argv = ("sh", "-c", '"$0" "$@"; exit 9', *python(script))  # the launcher has no handler
+    attempt.when(lambda: bool(attempt.progress) and _ready(attempt), attempt.stop.cancel)
+    ended = attempt.run(argv)
+    assert (ended.ended_by, ended.signal) == (EndedBy.USER, signal.SIGTERM)
+    assert attempt.stdout.read_text() == "ready\nworker None\n"
+
+
+def test_what_a_trainer_left_behind_does_not_use_up_the_grace(tmp_path: Path) -> None:
+    attempt = Attempt(tmp_path, limits=replace(QUICK, grace_s=60.0))
+    attempt.when(lambda: _ready(attempt), attempt.stop.cancel)
+    script = "subprocess.Popen(['sh', '-c', \"trap '' TERM; sleep 60\"]); tell('start'); print('ready', flush=True)"
+    began = time.monotonic()
+    ended = attempt.run(python(script + "; time.sleep(60)"))
+    assert (ended.ended_by, ended.signal) == (EndedBy.USER, signal.SIGTERM)
+    assert time.monotonic() - began < 10.0
+
+
 # -------------------------------------------------------------------------------- what is left behind
 
 
@@ -525,7 +554,7 @@ def test_a_spill_is_asked_to_save_and_stop(attempt: Attempt) -> None:
 
 def test_a_driver_that_hangs_holds_nothing_up(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autotune.recover.card.CardWatch.read.__defaults__", (0.2,))
-    attempt.watch = lambda: time.sleep(30)  # type: ignore[func-returns-value]
+    attempt.watch = lambda: time.sleep(30)
     ended = attempt.run(("true",))
     assert ended.exit_code == 0
     assert ended.free_before_bytes is None
@@ -552,6 +581,7 @@ def test_a_process_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: py
     """As one that waits for a device that has hung: here, signals are lost."""
     monkeypatch.setattr("autotune.recover.ending.send", lambda process, number: False)
     monkeypatch.setattr("autotune.recover.ending._GIVE_UP_S", 0.5)
+    monkeypatch.setattr("autotune.recover.supervise._DRAIN_S", 0.1)
     attempt = Attempt(tmp_path, limits=replace(QUICK, stall_floor_s=0.5))
     started: list[subprocess.Popen[bytes]] = []
     monkeypatch.setattr("autotune.recover.start.subprocess.Popen", lambda *a, **o: _kept(started, *a, **o))

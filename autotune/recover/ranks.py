@@ -37,6 +37,18 @@ class Ranks:
             self.gone_at = now
 
 
+def is_below(process: Process, pids: set[int], processes: dict[int, Process]) -> bool:
+    """Whether one of `pids` has started it, at any remove."""
+    seen: set[int] = set()
+    parent = process.parent
+    while parent in processes and parent not in seen:
+        if parent in pids:
+            return True
+        seen.add(parent)
+        parent = processes[parent].parent
+    return False
+
+
 def rss_bytes(process: Process) -> int:
     """Resident memory; pages that processes share count for each of them."""
     try:

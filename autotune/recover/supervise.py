@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -15,11 +16,11 @@ from autotune.errors import AutotuneError
 from autotune.recover.card import CardWatch, tenants_bytes
 from autotune.recover.ending import Ending, SteadyClock
 from autotune.recover.facts import Ended, EndedBy, Launch, Progress
-from autotune.recover.keeper import Process, members, read_processes
+from autotune.recover.keeper import Process, members, read_processes, send
 from autotune.recover.output import Output
 from autotune.recover.processes import end, marked
 from autotune.recover.progress import EventsTail, Told, fold_all
-from autotune.recover.ranks import Ranks, rss_bytes
+from autotune.recover.ranks import Ranks, is_below, rss_bytes
 from autotune.recover.start import Started, SupervisorFailed, cannot_start, start
 from autotune.recover.stop import StopRequests
 from autotune.recover.watching import Ages, AttemptLimits, collapse, reason_to_end, spill
@@ -27,6 +28,7 @@ from autotune.values import Device
 
 _POLL_S = 0.5  # how soon a stop flag or a deadline is seen
 _REPORTS_S = 0.25  # between readings of the events file
+_JUDGE_S = 0.25  # between looks at the rules
 _RANKS_S = 1.0  # between looks whether the ranks' processes are there
 _LEFT_ALONE_S = 1.0  # for what a command leaves behind to end by itself
 _DRAIN_S = 2.0  # for output, once every process is gone
@@ -81,10 +83,8 @@ class _Attempt:
         self.error: AutotuneError | None = None
         self.peak_rss_bytes: int | None = None
         self.wall_time_s: float | None = None
-        self.device_at_end: Device | None = None
-        self.spill_seen = False
         self._status_text = b""
-        self._reports_at = self._look_at = self._ranks_at = 0.0
+        self._reports_at = self._look_at = self._ranks_at = self._judge_at = -math.inf  # of the next time
 
     def run(self, argv: tuple[str, ...], cwd: Path, environ: Mapping[str, str]) -> Ended:
         self.output.begin()
@@ -95,6 +95,7 @@ class _Attempt:
         self.started = start(argv, place=self.place, cwd=cwd, environ=environ, limits=self.limits)
         self.pipes = {self.started.stdout: 0, self.started.stderr: 1}
         self.status: int | None = self.started.status
+        self.clock.tick()
         self.began = self.output_at = self.report_at = self.step_at = self.clock.now()
         try:
             while self.status is not None and not self.ending.given_up:
@@ -169,12 +170,18 @@ class _Attempt:
             self.command_ended()
 
     def command_ended(self) -> None:
-        """What it left behind gets a moment; where a signal was forwarded, all of that signal's grace."""
+        """What it left behind gets a moment, then the end; a trainer whose launcher is gone has all of its grace."""
         self.wall_time_s = self.clock.now() - self.began
         self.card.ask()
-        if self.ending.by is None:
+        if self.ending.by is None or not self.may_be_saving():
             self.ending.plan(_LEFT_ALONE_S, self.ending.terminate)
             self.ending.plan(_LEFT_ALONE_S + self.limits.end_grace_s, self.ending.kill)
+
+    def may_be_saving(self) -> bool:
+        """Whether a process that has spoken as a trainer is still there, or none ever spoke and something is."""
+        left = {process.pid for process in members(self.started.keeper.pid)}
+        spoke = {pid for _, pid in self.told.pids}
+        return bool(left & spoke if spoke else left)
 
     # ---------------------------------------------------------------- what is watched
 
@@ -228,15 +235,23 @@ class _Attempt:
             self.ending.plan(0, self.ending.kill)
 
     def forward(self, number: int) -> None:
-        """To the command's process group, as a terminal would."""
-        assert self.pid is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
-            os.killpg(self.pid, signal.SIGCONT)
+        """To the command's process group, as a terminal would.
+
+        SIGTERM is kept from what a trainer has started: data workers die of it, and their trainer of that, before it
+        could save.
+        """
+        found = {process.pid: process for process in members(self.started.keeper.pid)}
+        trainers = {pid for _, pid in self.told.pids} if number == signal.SIGTERM else set()
+        for process in found.values():
+            if process.group == self.pid and not is_below(process, trainers, found):
+                send(process, number)
+                send(process, signal.SIGCONT)  # a stopped one hears nothing else
 
     def judge(self) -> None:
-        if self.exit_code is not None or self.ending.by is not None or self.status is None:
+        now = self.clock.now()
+        if now < self._judge_at or self.exit_code is not None or self.ending.by is not None or self.status is None:
             return
+        self._judge_at = now + _JUDGE_S
         slow = collapse(self.told)
         if slow:
             self.notes.setdefault("collapse", slow)
@@ -287,7 +302,7 @@ class _Attempt:
         until = self.clock.fresh() + _DRAIN_S
         while self.pipes and self.clock.fresh() < until:
             self.wait(0.1)
-        self._reports_at = 0.0
+        self._reports_at = -math.inf
         self.read_reports()
         self.output.finish()
 
