@@ -135,7 +135,13 @@ def comparable(result: Recommendation, stored: Iterable[TrialRecord]) -> list[Tr
         return counted == expected or bool(counted and expected and math.isclose(counted, expected, rel_tol=1e-6))
 
     limit = max((trial.report.limit_bytes or 0 for trial in result.trials), default=0)
-    return [trial for trial in [*filter(alike, stored), *result.trials] if _says_something(trial, limit)]
+    found = [trial for trial in [*filter(alike, stored), *result.trials] if _says_something(trial, limit)]
+    died = [t.config for t in found if t.origin is Origin.RUN and t.judgement.verdict in _OUT_OF_MEMORY]
+    return [trial for trial in found if not (_fits(trial) and any(needs_at_least(trial.config, d) for d in died))]
+
+
+def _fits(trial: TrialRecord) -> bool:
+    return trial.judgement.verdict is Verdict.FITS
 
 
 def id_of(trial: TrialRecord) -> object:

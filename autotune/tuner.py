@@ -19,7 +19,7 @@ from autotune.protocols import Predictor, ProbeExecutor, TrialStore
 from autotune.search.belief import noise_of
 from autotune.search.climb import Observation, Outcome, Proposal, climb, conclude
 from autotune.search.seek import Earlier, seek
-from autotune.search.space import SearchSpace, build_space
+from autotune.search.space import SearchSpace, build_space, needs_at_least
 from autotune.search.study import Search
 from autotune.values import (
     Device,
@@ -145,12 +145,13 @@ class _Fit:
         self.probes = 0
         self.skipped: dict[TrainingConfig, Prediction] = {}
         self._of_device: list[TrialRecord] | None = None
+        self._deaths: list[TrialRecord] | None = None
         self.seeks = False  # with a search that knows what is predicted
         self.believes = True  # in predictions; not any more once one that was told not to fit did
 
     def known_answer(self) -> Recommendation | None:
         """From the store: at once where environment and free memory still allow it, else after one proving probe."""
-        last = last_answer(self.stored)
+        last = last_answer([trial for trial in self.stored if not self.is_refuted(trial)])
         if last is None:
             return None
         same = last.environment.fingerprint == self.environment.fingerprint
@@ -170,6 +171,7 @@ class _Fit:
         Proofs that ran out of memory stay known too; one that held is taken again: the card may be fuller now.
         """
         same = [trial for trial in self.stored if trial.environment.fingerprint == self.environment.fingerprint]
+        same = [trial for trial in same if not self.is_refuted(trial)]
         usable = {Origin.PROBE: (Verdict.FITS, *_OUT_OF_MEMORY), Origin.PROOF: _OUT_OF_MEMORY}
         known = [trial for trial in same if trial.judgement.verdict in usable.get(trial.origin, ())]
         self.trials = [*known, *self.trials]
@@ -178,12 +180,12 @@ class _Fit:
     def search(self, bounds: Bounds, installed: Collection[str], *, fresh: bool) -> Recommendation:
         self.check_budget(bounds)
         space = build_space(self.request, self.device, installed=installed)
-        recorded = {} if fresh else self.recorded()
+        recorded = {} if fresh else {**self.recorded(), **self.runs_died_with(space)}
         predictor = self.seams.predictor
         outcome = self.seek(space, predictor, bounds, recorded, fresh=fresh) if predictor else None
         if outcome is None:
             outcome = self.climb(space, bounds, recorded)
-        notes = [*left_out(space), *self.skipped_line(outcome), outcome.stopped]
+        notes = [*left_out(space), *self.refuted_line(fresh), *self.skipped_line(outcome), outcome.stopped]
         if outcome.ties:
             notes.append(f"{len(outcome.ties)} other config(s) as fast within noise; this one takes the least memory")
         proven: list[TrialRecord] = []
@@ -244,6 +246,55 @@ class _Fit:
             self.believes, self.skipped = False, {}
             recorded = {**recorded, **self.recorded_now()}
 
+    def deaths_of_runs(self) -> list[TrialRecord]:
+        """Real runs of this model that ran out of memory where there was as much of it as here."""
+        if self._deaths is None:
+            stored = self.seams.store.trials(model_fingerprint=self.request.model.fingerprint)
+            runs = [trial for trial in stored if trial.origin is Origin.RUN and self.is_of_here(trial)]
+            self._deaths = [t for t in runs if t.judgement.verdict in _OUT_OF_MEMORY and self.had_as_much(t)]
+        return self._deaths
+
+    def is_of_here(self, trial: TrialRecord) -> bool:
+        return trial.environment.fingerprint == self.environment.fingerprint
+
+    def had_as_much(self, run: TrialRecord) -> bool:
+        """As this request may use; on the CPU of a limit in a probe's terms, where that is known."""
+        limit, total = self.request.memory_limit_bytes, self.device.total_bytes
+        if self.device.kind == "cpu":
+            return limit is not None and (run.report.limit_bytes or 0) >= limit
+        return (run.memory_limit_bytes or total or 0) >= (limit or total or math.inf)
+
+    def is_refuted(self, trial: TrialRecord) -> bool:
+        """Whether it fitted, and a real run died with what surely needs no more: batches that differ in length leave
+        memory in pieces that a probe of one length never sees."""
+        fitted = trial.judgement.verdict is Verdict.FITS
+        return fitted and any(is_no_smaller(trial.config, death.config) for death in self.deaths_of_runs())
+
+    def runs_died_with(self, space: SearchSpace) -> dict[TrainingConfig, Observation]:
+        """The configs of this space that real runs died with, at the length wanted: it is no shorter than theirs."""
+        wanted = self.request.start
+        found = {}
+        for death in self.deaths_of_runs():
+            config = death.config
+            if config.sequence_length > wanted.sequence_length or space.samples % config.micro_batch_size:
+                continue
+            config = replace(
+                config,
+                sequence_length=wanted.sequence_length,
+                gradient_accumulation_steps=space.samples // config.micro_batch_size,
+                world_size=wanted.world_size,
+                eval_micro_batch_size=wanted.eval_micro_batch_size,
+            )
+            if space.legal(config) is None:
+                found[config] = replace(self.observe(death), config=config)
+        return found
+
+    def refuted_line(self, fresh: bool) -> tuple[str, ...]:
+        deaths = [] if fresh else self.deaths_of_runs()
+        if not deaths:
+            return ()
+        return (f"{len(deaths)} real run(s) of this model ran out of memory here: what needs as much was left out",)
+
     def drive(self, search: Search, bounds: Bounds) -> Outcome | None:
         """Measure what a search asks for until it or the budget ends."""
         while (proposal := search.ask()) is not None:
@@ -287,6 +338,8 @@ class _Fit:
         found: dict[TrainingConfig, Observation] = {}
         for trial in self.of_model():
             if trial.config in recorded or trial.origin is not Origin.PROBE or space.legal(trial.config) is not None:
+                continue
+            if self.is_refuted(trial):
                 continue
             observation = self.observe(trial)
             used = trial.report.peak_reserved_bytes if self.device.kind == "cpu" else trial.report.device_used_bytes
@@ -486,6 +539,14 @@ class _Fit:
             out_of_memory=sum(t.judgement.verdict in _OUT_OF_MEMORY for t in self.trials),
             wall_time_s=self.seams.monotonic() - self.began,
         )
+
+
+def is_no_smaller(config: TrainingConfig, died: TrainingConfig) -> bool:
+    """Whether `config` surely needs as much as what died: how it is evaluated and accumulated changes nothing of it."""
+    alike = replace(
+        config, world_size=died.world_size, eval_micro_batch_size=died.eval_micro_batch_size, trainer=died.trainer
+    )
+    return needs_at_least(alike, died)
 
 
 def last_answer(stored: Sequence[TrialRecord]) -> TrialRecord | None:

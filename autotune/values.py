@@ -101,6 +101,7 @@ class Origin(StrEnum):
     PROBE = "probe"
     PROOF = "proof"
     DATABASE = "database"
+    RUN = "run"  # a real training run, supervised: what passed, or what it died with, at its longest batch
 
 
 #: Dtype handling that each trainer applies when it is not told otherwise.

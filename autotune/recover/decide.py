@@ -59,9 +59,9 @@ def decide(
     return found
 
 
-def taken_by_others(ended: Ended, judgement: Judgement) -> int | None:
+def taken_by_others(ended: Ended, judgement: Judgement, card_bytes: int | None = None) -> int | None:
     """Bytes of the card that others took while it ran; None: not much, not known, or this run alone is too large."""
-    numbers, total = judgement.numbers, ended.progress.device_total_bytes
+    numbers, total = judgement.numbers, ended.progress.device_total_bytes or card_bytes
     total = numbers.get("total_bytes", total)
     own = numbers.get("process_bytes", numbers.get("reserved_bytes", ended.progress.peak_reserved_bytes))
     tried = numbers.get("tried_bytes", 0)
