@@ -148,11 +148,10 @@ def test_a_rank_writes_under_its_number_and_only_rank_0_tells_phases(place: Path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_rank_dies_with_its_launcher_and_what_it_starts_does_not(place: Path) -> None:
-    ask = "import ctypes; found = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(found)); print(found.value)"
-    code = f"{ask}\nimport subprocess, sys; subprocess.run([sys.executable, '-c', {ask!r}])"
-    assert python(place, f"import sys\n{code}".replace("print(found.value)", "print(found.value, flush=True)"), RANK="0").stdout.split() == [
-        str(int(signal.SIGKILL)), "0",
-    ]  # fmt: skip
+    ask = "import ctypes; found = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(found))"
+    ask = f"{ask}; print(found.value, flush=True)"
+    code = f"{ask}\nimport subprocess, sys\nsubprocess.run([sys.executable, '-c', {ask!r}])"
+    assert python(place, code, RANK="0").stdout.split() == [str(int(signal.SIGKILL)), "0"]
 
 
 def test_apply_without_a_plan_gives_back_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,10 +262,10 @@ def test_events_that_cannot_be_written_are_counted(tmp_path: Path) -> None:
     [
         (MemoryError(), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB"), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:116] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), True),
         (ValueError("expected sequence of length 8"), False),
     ],
-)  # fmt: skip
+)
 def test_a_lack_of_memory_is_known_by_class_or_words(error: Exception, oom: bool) -> None:
     assert describe(error)["oom"] is oom
 
@@ -289,18 +288,23 @@ def test_the_longest_sample_is_read_where_it_costs_little(tmp_path: Path) -> Non
 
 def test_a_plain_loop_tells_the_same_lines(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with pytest.raises(MemoryError), Reporter(Plan(events=str(path))) as report:
-        report.begin(step=4, max_steps=8, micro_batch_size=2, gradient_accumulation_steps=1)
-        report.step(5, samples=2, tokens=128, loss=1.5)
-        report.saved(str(tmp_path / "checkpoint-5"), 5)
-        report.batch_begins(2, 512)
-        raise MemoryError("no more")
+    with pytest.raises(MemoryError):
+        a_loop_that_dies(tmp_path, path)
     told = read_told(path)
     assert (told.progress.first_step, told.progress.step, told.progress.checkpoint_step) == (4, 5, 5)
     assert told.progress.loss == 1.5
     assert told.death is not None
     assert told.death.batch is not None
     assert (told.death.exception, told.death.part, told.death.batch.tokens) == ("MemoryError", "forward_backward", 512)
+
+
+def a_loop_that_dies(folder: Path, path: Path) -> None:
+    with Reporter(Plan(events=str(path))) as report:
+        report.begin(step=4, max_steps=8, micro_batch_size=2, gradient_accumulation_steps=1)
+        report.step(5, samples=2, tokens=128, loss=1.5)
+        report.saved(str(folder / "checkpoint-5"), 5)
+        report.batch_begins(2, 512)
+        raise MemoryError("no more")
 
 
 def test_a_plan_is_read_from_where_the_environment_says(place: Path) -> None:

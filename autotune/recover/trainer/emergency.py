@@ -35,9 +35,8 @@ def why_not(trainer: Any, *, asked: bool, in_evaluation: bool) -> str | None:
         "it saves no checkpoints": not saves,
         "no step is finished": step == 0,
         "its checkpoints hold no optimizer": getattr(arguments, "save_only_model", False),
-        "other ranks hold parts of the state": is_sharded,
-        "another rank saves": not arguments.should_save,
-        "ranks would wait for each other": arguments.world_size > 1 and bool(trainer.state.best_global_step),
+        "the state is spread over processes": is_sharded,
+        "saving would wait for the other ranks": arguments.world_size > 1,  # even DDP's: it sums their FLOPs
         "weights change during backward": any(word in _word(arguments.optim) for word in _IN_BACKWARD),
         "it is a hyperparameter search": getattr(trainer, "hp_search_backend", None) is not None,
         "the evaluation decides what follows": in_evaluation and _evaluation_decides(trainer),

@@ -28,7 +28,7 @@ class Peaks:
         self._next = clock + _INTERVAL_S
         if self.device.startswith("cuda"):
             self._read_cuda()
-        elif self.device == "cpu":
+        elif self.device.startswith("cpu"):
             self._read_process()
 
     def _read_cuda(self) -> None:
@@ -56,7 +56,7 @@ def device_total_bytes(device: str) -> int | None:
     if device.startswith("cuda"):
         properties: Any = sys.modules["torch"].cuda.get_device_properties(device)
         return int(properties.total_memory)
-    if device != "cpu":
+    if not device.startswith("cpu"):
         return None
     limit = _data_limit()
     if limit is not None:

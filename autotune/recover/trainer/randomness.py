@@ -53,7 +53,7 @@ def _restore_numpy(state: Any) -> None:
 
 
 def _address(numpy: Any) -> int | None:
-    """Where the state of `numpy.random` lies (`BitGenerator.ctypes`); None for another generator, or numpy below 1.24."""
+    """Where the state of `numpy.random` lies (`BitGenerator.ctypes`); None: another generator, or numpy < 1.24."""
     find: Any = getattr(numpy.random, "get_bit_generator", None)
     generator: Any = find() if find else None
     return int(generator.ctypes.state_address) if type(generator).__name__ == "MT19937" else None

@@ -32,7 +32,7 @@ class TrainRun:
             plan.control, plan.stop_file, rank=arguments.process_index, world_size=arguments.world_size
         )
         self.saves = str(getattr(arguments.save_strategy, "value", arguments.save_strategy)) != "no"
-        self.keeps_draws = bool(arguments.should_save) and (self.saves or plan.emergency)
+        self.keeps_draws = arguments.world_size == 1 and (self.saves or plan.emergency)
         self.peaks = Peaks(str(arguments.device))
         self.step: int | None = None  # last finished
         self.part: str | None = None
