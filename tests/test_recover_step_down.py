@@ -25,7 +25,7 @@ from autotune.recover.facts import (
 )
 from autotune.recover.longest import config_of, died_earlier, longest_batch
 from autotune.recover.step_down import Nothing, StepDown, next_config
-from autotune.values import GIB, MIB, AllocatorSetting, Judgement, TrainingConfig, Verdict
+from autotune.values import GIB, MIB, AllocatorSetting, Judgement, LossPath, Trainer, TrainingConfig, Verdict
 from tests.fakes import FakePredictor, Law, a_cpu, a_gpu
 from tests.trial_records import out_of_memory_trial, report, trial
 
@@ -124,6 +124,15 @@ def test_a_config_that_a_stored_trial_died_with_is_not_taken() -> None:
     predictor = FakePredictor(allowed_bytes=peak(5, 512))
     found = offered(RUN, ended, predictor=predictor, trials=[died], allowed_bytes=peak(5, 512))
     assert found.config.micro_batch_size == 2
+
+
+def test_an_earlier_death_of_the_run_counts_whatever_its_model_adds_to_the_config() -> None:
+    ended = a_death(Batch(samples=2, tokens=512), micro_batch_size=2, gradient_accumulation_steps=8)
+    base = TrainingConfig(sequence_length=512, micro_batch_size=2, loss=LossPath.CHUNKED, trainer=Trainer.TRL)
+    earlier = TrainingConfig(sequence_length=400, micro_batch_size=2, gradient_checkpointing="full")
+    asked: dict[str, Any] = {"base": base, "can": MORE, "predictor": FakePredictor(allowed_bytes=peak(8, 512))}
+    assert offered(RUN, ended, **asked).config.micro_batch_size == 2
+    assert offered(RUN, ended, died=[earlier], **asked).config.micro_batch_size == 1
 
 
 def test_without_a_model_the_next_smaller_micro_batch_that_is_a_real_step_is_taken() -> None:

@@ -139,7 +139,8 @@ class _Search:
         )
         self.expected = Expected(self.predictor, allowed_bytes, measured, on_cpu=self.on_cpu)
         allowed = self.expected.allowed_bytes
-        self.died = [*died_in_trials(trials, allowed), *died, here]
+        earlier = [replace(now, **_moved(config)) for config in died]  # of this run: only what it moves differs
+        self.died = [*died_in_trials(trials, allowed), *earlier, here]
 
     def at(self, length: int) -> StepDown | None:
         """The best at this length: measured before predicted before the ladder's next."""
@@ -284,6 +285,12 @@ class _Search:
         if tried is None or allocated is None:
             return None
         return allocated + tried - (0 if self.on_cpu else _SEGMENT_BYTES)
+
+
+def _moved(config: TrainingConfig) -> dict[str, Any]:
+    """What recoveries change of memory; the allocator is compared apart."""
+    names = ("micro_batch_size", "sequence_length", "gradient_checkpointing")
+    return {name: getattr(config, name) for name in names}
 
 
 def _fitted(now: TrainingConfig, ended: Ended) -> TrainingConfig | None:
