@@ -84,6 +84,7 @@ class _Attempt:
         self.peak_rss_bytes: int | None = None
         self.wall_time_s: float | None = None
         self._status_text = b""
+        self._leaving = False
         self._reports_at = self._look_at = self._ranks_at = self._judge_at = -math.inf  # of the next time
 
     def run(self, argv: tuple[str, ...], cwd: Path, environ: Mapping[str, str]) -> Ended:
@@ -115,6 +116,7 @@ class _Attempt:
         self.look_at_ranks()
         self.heed_stop()
         self.judge()
+        self.end_what_is_left()
         self.ending.carry_out(members(self.started.keeper.pid) if self.ending.is_due else [])
 
     # ---------------------------------------------------------------- what comes from the command
@@ -170,12 +172,16 @@ class _Attempt:
             self.command_ended()
 
     def command_ended(self) -> None:
-        """What it left behind gets a moment, then the end; a trainer whose launcher is gone has all of its grace."""
         self.wall_time_s = self.clock.now() - self.began
         self.card.ask()
-        if self.ending.by is None or not self.may_be_saving():
-            self.ending.plan(_LEFT_ALONE_S, self.ending.terminate)
-            self.ending.plan(_LEFT_ALONE_S + self.limits.end_grace_s, self.ending.kill)
+
+    def end_what_is_left(self) -> None:
+        """Of a command that has ended: after a moment. A trainer whose launcher is gone has all of its grace."""
+        if self.exit_code is None or self._leaving or (self.ending.by is not None and self.may_be_saving()):
+            return
+        self._leaving = True
+        self.ending.plan(_LEFT_ALONE_S, self.ending.terminate)
+        self.ending.plan(_LEFT_ALONE_S + self.limits.end_grace_s, self.ending.kill)
 
     def may_be_saving(self) -> bool:
         """Whether a process that has spoken as a trainer is still there, or none ever spoke and something is."""
