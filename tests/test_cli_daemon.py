@@ -4,8 +4,10 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlite_utils  # noqa: F401 - so that each new queue is made here and not in a process of its own
 
 from autotune.recover.daemon_file import read_daemon
 from autotune.recover.identity import own_process_id
@@ -23,7 +26,7 @@ from tests.test_recover_jobs import incident
 SCRIPT = Path(sys.executable).with_name("autotune")
 LIMIT_S = 60
 STATUS_S = 0.3
-TRIES = 10  # the best counts: other processes slow it down, nothing speeds it up
+TRIES = 5  # the best counts: other processes slow it down, nothing speeds it up
 
 
 class Shell:
@@ -219,22 +222,19 @@ def test_status_of_1000_queued_jobs_takes_less_than_0_3_s(shell: Shell) -> None:
         for number in range(1000):
             store.submit(NewJob(command=("python", "train.py", str(number)), cwd="/", environ=dict(os.environ)))
     for words in (["status"], ["status", "--json"]):
-        assert _best_s(shell, words) < STATUS_S
+        assert min(_processor_s(shell, words) for _ in range(TRIES)) < STATUS_S
     out = shell.run("status").stdout
     assert "1000 queued" in out
     assert "and 980 more in the queue" in out
     assert len(json.loads(shell.run("status", "--json").stdout)["jobs"]) == 1000
 
 
-def _best_s(shell: Shell, words: list[str]) -> float:
-    best = float("inf")
-    for _ in range(TRIES):
-        began = time.perf_counter()
-        assert shell.run(*words).returncode == 0
-        best = min(best, time.perf_counter() - began)
-        if best < STATUS_S:
-            break
-    return best
+def _processor_s(shell: Shell, words: list[str]) -> float:
+    """Of the whole process. It waits for nothing, so on a quiet machine this is how long it takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert shell.run(*words).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def test_watch_draws_until_it_is_left_and_then_exits_with_0(busy: Shell) -> None:
@@ -317,6 +317,42 @@ def test_the_daemon_starts_once_serves_and_stops(shell: Shell) -> None:
     assert shell.run("stop").stdout == f"The daemon (pid {facts.process.pid}) has ended.\n"
     assert not facts.process.is_alive
     assert (shell.home / "daemon.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_an_idle_daemon_is_small_and_still(shell: Shell) -> None:
+    shell.run("start")
+    facts = read_daemon(shell.home)
+    assert facts is not None
+    pid = facts.process.pid
+    time.sleep(1)
+    before = _processor_ns(pid)
+    time.sleep(5)
+    assert _processor_ns(pid) - before < 0.002 * 5e9
+    resident = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert resident is not None
+    assert int(resident[1]) < 40 * 1024
+
+
+def _processor_ns(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0])
+
+
+def test_systemd_hears_that_it_is_ready_alive_and_stopping(shell: Shell, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "socket"))
+        systemd.settimeout(LIMIT_S)
+        daemon = subprocess.Popen(
+            [str(SCRIPT), "daemon", "start", "--foreground"],
+            env={**shell.environ, "NOTIFY_SOCKET": str(tmp_path / "socket"), "WATCHDOG_USEC": "3000000"},
+            stderr=subprocess.DEVNULL,
+        )
+        assert [systemd.recv(100) for _ in range(3)] == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+        daemon.terminate()
+        assert daemon.wait(LIMIT_S) == 0
+        heard = [systemd.recv(100)]
+        while heard[-1] == b"WATCHDOG=1":
+            heard.append(systemd.recv(100))
+        assert heard[-1] == b"STOPPING=1"
 
 
 def test_a_stale_pid_file_is_told_of_and_replaced(shell: Shell) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlite_utils  # noqa: F401 - so that each new queue is made here and not in a process of its own
 
 from autotune.recover.daemon_file import daemon_path, read_daemon, write_daemon
 from autotune.recover.identity import own_process_id
@@ -395,15 +396,16 @@ def test_a_queue_that_is_moved_away_is_opened_anew(served: Served) -> None:
     assert "was moved away" in served.said(daemon)
 
 
-def test_a_turn_that_fails_is_logged_once_and_the_next_one_works(served: Served) -> None:
+def test_a_job_that_cannot_be_started_now_is_tried_again_and_told_of_once(served: Served) -> None:
     daemon = served.start()
-    served.store.path.chmod(0o600)
-    blocker = served.home / "supervisors"
-    blocker.write_text("")  # where the logs' folder is to be
+    loop = served.home / "supervisors"
+    loop.symlink_to("supervisors")  # where the logs' folder is to be: "too many levels of symbolic links"
     job_id = served.submit("steps", "1")
-    served.until(lambda: served.store.job(job_id).restarts > 0)
-    blocker.unlink()
-    served.until(lambda: served.store.job(job_id).state in ENDED)
+    served.until(lambda: "cannot be started now: " in served.store.job(job_id).message)
+    time.sleep(0.5)  # ten turns
+    loop.unlink()
+    found = served.ended(job_id)
+    assert (found.state, found.restarts) == (State.FINISHED, 0)
     assert served.said(daemon).count("a turn failed") == 1
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlite_utils  # noqa: F401 - so that each new queue is made here and not in a process of its own
 
 from autotune.errors import InvalidRequest, StoreError
 from autotune.recover.facts import Action, Decision, EndedBy, Incident, Phase
@@ -297,6 +298,25 @@ def test_a_damaged_database_is_one_line(tmp_path: Path, content: bytes, message:
         open_jobs(tmp_path)
 
 
+def test_a_queue_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    script = """
+import resource, sys
+from pathlib import Path
+from autotune.errors import StoreError
+from autotune.recover.jobs import open_jobs
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+try:
+    open_jobs(Path(sys.argv[1]))
+except StoreError as error:
+    print(error)
+"""
+    words = [sys.executable, "-B", "-c", script, str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+    assert f"the disk of {tmp_path / 'jobs.db'}" in done.stdout or "look for a full disk" in done.stdout
+    open_jobs(tmp_path).close()
+
+
 @pytest.mark.parametrize(
     ("pragma", "message"),
     [("user_version = 99", "written by a newer autotune"), ("application_id = 7", "no queue of autotune's")],
@@ -327,8 +347,10 @@ def test_a_full_disk_is_one_line_and_what_was_queued_stays(tmp_path: Path) -> No
         assert [str(one.id) for one in store.waiting()] == done.stdout.split()
 
 
-def test_the_second_opening_imports_nothing_heavy(tmp_path: Path) -> None:
-    open_jobs(tmp_path).close()
+@pytest.mark.parametrize("opening", ["first", "second"])
+def test_opening_imports_nothing_heavy(tmp_path: Path, opening: str) -> None:
+    if opening == "second":
+        open_jobs(tmp_path).close()
     script = "import sys; from autotune.recover.jobs import open_jobs; open_jobs().close(); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -212,10 +212,12 @@ class Daemon:
         try:
             child = start_supervisor(job, self.command(job), home=self.store.home, environ=environ)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            self._close(
-                job, State.FAILED, None, f"it cannot be started ({error.filename or job.cwd}: {error.strerror})"
-            )
+            where = error.filename or job.cwd
+            self._close(job, State.FAILED, None, f"it cannot be started ({where}: {error.strerror})")
             return
+        except OSError as error:  # a full disk, no process to be had: not the job's fault, and it may pass
+            self.store.interrupt(job.id, f"cannot be started now: {error.strerror}", restarts=job.restarts)
+            raise
         self._children[job.id] = child
         if (supervisor := process_id(child.pid)) is not None:
             self.store.attach(job.id, supervisor)

@@ -1,7 +1,7 @@
 """The queue in its SQLite file, `$AUTOTUNE_HOME/jobs.db`: commands write rows, the daemon and its supervisors act.
 
 Every call is one transaction of its own; any number of processes may call at once. The standard library alone reads
-and writes; sqlite_utils builds the schema, and is imported only then.
+and writes; sqlite_utils builds the schema, in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from autotune.errors import InvalidRequest, StoreError
 from autotune.recover.identity import ProcessId, own_process_id
 from autotune.recover.job import ENDED, LIVE, QUEUED, Job, NewJob, State, Waiting
-from autotune.recover.jobs_schema import APPLICATION_ID, SCHEMA_VERSION, build
+from autotune.recover.jobs_schema import APPLICATION_ID, SCHEMA_VERSION, make
 from autotune.recover.private import check_private, kept_environ, masked, refuse_secrets, without_secrets
 from gpu_db.home import default_home
 from gpu_db.migrations import schema_version, transaction
-from gpu_db.sqlite_file import closed_on_error, connect, create_if_missing, explained
+from gpu_db.sqlite_file import closed_on_error, connect, explained
 
 if TYPE_CHECKING:
     from autotune.recover.facts import Incident
@@ -63,10 +63,11 @@ def open_jobs(home: Path | None = None, *, busy_timeout_s: float = 30.0) -> JobS
     path = (home or default_home()).absolute() / FILE_NAME
     with explained(path):
         check_private(path.parent, path)
-        create_if_missing(path, build, busy_timeout_s)
+        if not path.exists() or path.stat().st_size == 0:
+            make(path, busy_timeout_s)
         with closed_on_error(connect(path, "mode=rw", busy_timeout_s)) as connection:
             if _checked_version(connection, path) < SCHEMA_VERSION:
-                build(connection)
+                make(path, busy_timeout_s)
             return JobStore(connection, path)
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
-from gpu_db.migrations import Step, migrate
+from autotune.errors import StoreError
+from gpu_db.migrations import Step, migrate, schema_version
+from gpu_db.sqlite_file import connect, create_if_missing, explained
 
 #: `PRAGMA application_id` of jobs.db: "atjb" in ASCII.
 APPLICATION_ID = 0x61746A62
@@ -80,6 +85,43 @@ STEPS: tuple[Step, ...] = (create_tables,)
 SCHEMA_VERSION = len(STEPS)
 
 
-def build(connection: sqlite3.Connection) -> None:
-    """Apply the steps that are missing. Raises sqlite3.Error."""
+def make(path: Path, busy_timeout_s: float) -> None:
+    """Make the file, or upgrade it. Raises StoreError.
+
+    In a process of its own, unless sqlite_utils is imported here already: with pandas installed it takes 80 MiB, and
+    daemons and supervisors live long.
+    """
+    if "sqlite_utils" in sys.modules:
+        _make_here(path, busy_timeout_s)
+        return
+    words = [sys.executable, "-P", "-m", "autotune.recover.jobs_schema", str(path), str(busy_timeout_s)]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise StoreError(said[-1] if said else f"making {path} ended with exit code {done.returncode}: try again")
+
+
+def _make_here(path: Path, busy_timeout_s: float) -> None:
+    with explained(path):
+        create_if_missing(path, _build, busy_timeout_s)
+        connection = connect(path, "mode=rw", busy_timeout_s)
+        try:
+            if schema_version(connection) < SCHEMA_VERSION:
+                _build(connection)
+        finally:
+            connection.close()
+
+
+def _build(connection: sqlite3.Connection) -> None:
     migrate(connection, STEPS, name="jobs", application_id=APPLICATION_ID)
+
+
+def _main() -> None:
+    try:
+        _make_here(Path(sys.argv[1]), float(sys.argv[2]))
+    except StoreError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    _main()
