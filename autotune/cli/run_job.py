@@ -134,6 +134,7 @@ def ask(words: tuple[str, ...], options: dict[str, Any], *, cwd: Path, environ: 
         AttemptLimits(),
         start_s=options["start_limit"],
         stall_factor=options["stall"],
+        stall_floor_s=options["stall_floor"],
         grace_s=options["grace"],
     )
     asked = Asked(
