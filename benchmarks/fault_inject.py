@@ -27,7 +27,8 @@ class Fault(StrEnum):
     OOM_MID_EPOCH = "out of memory mid-epoch"
     OOM_EVALUATION = "out of memory in evaluation"
     OOM_SAVE = "out of memory while saving"
-    HOST_OOM = "data-loader worker killed"
+    HOST_OOM = "out of shared memory in a data-loader worker"
+    WORKER_KILLED = "data-loader worker killed"
     KILL_TRAINER = "kill -9 of the trainer"
     KILL_IN_SAVE = "kill -9 in the middle of a save"
     TRUNCATED = "truncated newest checkpoint"
@@ -158,7 +159,7 @@ class Injector:
         return RuntimeError(cpu_text(asked)) if capacity is None else CudaOutOfMemory(cuda_text(asked, used, capacity))
 
     def at_load(self) -> None:
-        if self.strikes(Fault.OOM_LOAD):
+        if self.strikes(Fault.OOM_LOAD, self.ledger.attempt):  # its step is the attempt that it strikes
             raise CudaOutOfMemory(cuda_text(64 * MIB, 90 * MIB, 96 * MIB))
 
     def before_step(self, step: int, workers: int) -> None:
@@ -171,8 +172,14 @@ class Injector:
             raise ValueError("expected target size [4, 64], got [4, 63]")
         if self.spec.clock_file and self.strikes(Fault.CLOCK_JUMP, step):
             Path(self.spec.clock_file).write_text(str(self.spec.clock_after), encoding="ascii")
+        worker = f"DataLoader worker (pid {os.getpid() + 1}) is killed by signal"
         if workers and self.strikes(Fault.HOST_OOM, step):
-            raise RuntimeError(f"DataLoader worker (pid {os.getpid() + 1}) is killed by signal: Killed. ")
+            raise RuntimeError(
+                f"{worker}: Bus error. It is possible that dataloader's workers are out of shared memory. Please try to"
+                " raise your shared memory limit."
+            )
+        if workers and self.strikes(Fault.WORKER_KILLED, step):
+            raise RuntimeError(f"{worker}: Killed. ")
 
     def in_save(self, folder: Path, step: int) -> None:
         """Between the first and the last file of a checkpoint."""

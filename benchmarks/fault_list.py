@@ -118,6 +118,13 @@ def _with_damage(case: Case, chance: random.Random) -> Case:
     return replace(case, spec=replace(case.spec, strikes=(Strike(case.kind, step),)))
 
 
+def _at_load(case: Case, chance: random.Random) -> Case:
+    """The first load, or the one after a kill."""
+    killed = (Strike(Fault.KILL_TRAINER, _step(case, chance)),) if chance.random() < 0.5 else ()
+    strikes = (*killed, Strike(Fault.OOM_LOAD, 1 + len(killed)))
+    return replace(case, spec=replace(case.spec, strikes=strikes))
+
+
 def _with_workers(case: Case, chance: random.Random) -> Case:
     return replace(_with_strike(case, chance), workers=chance.choice((2, 4)))
 
@@ -171,14 +178,16 @@ _MAKERS: dict[Fault, Callable[[Case, random.Random], Case]] = {
     Fault.OOM_FIRST_STEP: _too_big_a_micro,
     Fault.OOM_MID_EPOCH: _a_long_sample,
     Fault.OOM_EVALUATION: _a_big_evaluation,
+    Fault.OOM_LOAD: _at_load,
     Fault.HOST_OOM: _with_workers,
+    Fault.WORKER_KILLED: _with_workers,
     Fault.CLOCK_JUMP: _with_clock,
     Fault.TRUNCATED: _with_damage,
     Fault.INCOMPLETE: _with_damage,
     Fault.GARBAGE: _with_damage,
 }
 _KINDS = tuple(Fault)
-_REAL_KINDS = tuple(kind for kind in Fault if kind not in (Fault.CLOCK_JUMP, Fault.HOST_OOM))
+_REAL_KINDS = tuple(kind for kind in Fault if kind not in (Fault.CLOCK_JUMP, Fault.HOST_OOM, Fault.WORKER_KILLED))
 _EITHER_WAY = frozenset(Fault) - {Fault.DOUBLE_SIGNAL}  # a signal to a job's supervisor is a cancel
 #: Without a second fault, which would blur what the first one calls for.
 _ALONE = frozenset({Fault.BUG, Fault.DISK_FULL, Fault.OOM_LOAD, Fault.OOM_SAVE, Fault.CLOCK_JUMP})

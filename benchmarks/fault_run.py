@@ -28,7 +28,7 @@ GRACE_S = 10.0  # for everything of a run to be gone after its supervisor has en
 LAUNCH_LIMIT_S = 90.0
 REAL_LAUNCH_LIMIT_S = 240.0
 LAUNCHES = 4
-STALL = "15"  # times the median step
+STALL = "4s"  # without a step
 STOPS = frozenset({Fault.BUG, Fault.DISK_FULL, Fault.OOM_LOAD, Fault.OOM_SAVE})  # a user's turn, not a retry's
 KILLED = frozenset({Fault.KILL_SUPERVISOR, Fault.KILL_BOTH, Fault.KILL_ALL, Fault.DOUBLE_SIGNAL})
 
@@ -162,7 +162,7 @@ class Play:
 
     def options(self) -> list[str]:
         limit = f"{self.case.limit_bytes >> 20}MiB"
-        return ["--gpu", "cpu", "--memory-limit", limit, "--stall", STALL, "--grace", "2"]
+        return ["--gpu", "cpu", "--memory-limit", limit, "--stall-floor", STALL, "--grace", "2s"]
 
     def wait_gone(self) -> list[str]:
         """What is alive of the run after the grace."""

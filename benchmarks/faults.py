@@ -40,7 +40,7 @@ from benchmarks.records import (
 )
 
 SCHEMA = "autotune.faults/1"
-PARALLEL = 2
+PARALLEL = 3  # a run mostly waits: for its pause before a retry, for its trainer
 _HEADER = (
     "fault",
     "runs",
