@@ -176,6 +176,19 @@ def test_what_is_judged_of_one_supervisor_does_not_touch_another(store: JobStore
     assert store.job(job_id).state is State.RUNNING
 
 
+def test_a_process_does_not_end_the_job_of_another_one_that_lives(store: JobStore) -> None:
+    job_id = store.submit(job()).id
+    store.claim(job_id, "cpu")
+    with subprocess.Popen(["sleep", "60"]) as child:
+        supervisor = process_id(child.pid)
+        assert supervisor is not None
+        assert store.attach(job_id, supervisor)
+        assert store.finish(job_id, State.FAILED).state is State.RUNNING
+        assert store.interrupt(job_id, "died").state is State.RUNNING
+        child.kill()
+    assert store.interrupt(job_id, "died").state is State.INTERRUPTED
+
+
 def test_progress_is_kept_and_none_changes_nothing(store: JobStore) -> None:
     job_id = live(store)
     store.update(job_id, step=3, max_steps=10, tokens_per_second=1.5, memory_bytes=2**33, run_folder="/r")

@@ -182,10 +182,12 @@ class JobStore:
     ) -> Job:
         """It has ended for good, once: a later word changes nothing. `state` is one of `ENDED`.
 
-        `seen`: the row that this is said of; where another supervisor has it by now, nothing changes.
+        `seen`: the row that this is said of. Where another supervisor has it by now, nothing changes.
         """
         if state not in ENDED:
             raise ValueError(f"{state} is no end")
+        if self._is_anothers(job_id):
+            return self.job(job_id)
         self._change(
             "state = ?, ended_utc = ?, exit_code = ?, message = ?, supervisor = NULL",
             (state.value, utc_now(), exit_code, without_secrets(message)),
@@ -196,7 +198,12 @@ class JobStore:
         return self.job(job_id)
 
     def interrupt(self, job_id: int, message: str, *, restarts: int = 0, seen: Job | None = None) -> Job:
-        """Its supervisor ends or has ended without an end of the run: it is to be resumed, or was to be cancelled."""
+        """Its supervisor ends or has ended without an end of the run: it is to be resumed, or was to be cancelled.
+
+        `seen` as for `finish`.
+        """
+        if self._is_anothers(job_id):
+            return self.job(job_id)
         self._change(
             "state = CASE state WHEN 'cancelling' THEN 'cancelled' ELSE 'interrupted' END,"
             " message = CASE state WHEN 'cancelling' THEN 'cancelled' ELSE ? END,"
@@ -335,6 +342,11 @@ class JobStore:
             statement, values = f"{statement} AND supervisor IS ?", (*values, _as_text(seen.supervisor))
         with explained(self.path), self._durable(durable), transaction(self._connection):
             return self._connection.execute(statement, values).rowcount == 1
+
+    def _is_anothers(self, job_id: int) -> bool:
+        """Whether a living process that is not this one supervises it: its end is then not this one's to say."""
+        supervisor = self.job(job_id).supervisor
+        return supervisor is not None and supervisor != own_process_id() and supervisor.is_alive
 
     @contextmanager
     def _durable(self, flush: bool = True) -> Iterator[None]:
