@@ -17,11 +17,11 @@ from typing import Any
 
 import click
 
-from autotune.cli.bench import check_environment, optional_packages, stop_flag, watcher
+from autotune.cli.bench import check_environment, optional_packages, stop_flag
 from autotune.cli.fit_request import default_compute_dtype
 from autotune.errors import GpuUnavailable, InvalidRequest
 from autotune.hardware.environment import read_environment
-from autotune.hardware.readers import read_machine
+from autotune.hardware.readers import read_machine, watcher
 from autotune.hardware.select import check_memory_limit, select_device
 from autotune.hardware.sizes import format_bytes, parse_bytes
 from autotune.predict.forecast import Forecast, Target

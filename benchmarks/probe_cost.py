@@ -20,10 +20,9 @@ from typing import Any
 
 import click
 
-from autotune.cli.bench import watcher
 from autotune.errors import ProbeFailed
 from autotune.hardware.environment import read_environment
-from autotune.hardware.readers import read_machine
+from autotune.hardware.readers import read_machine, watcher
 from autotune.hardware.select import select_device
 from autotune.probe.executor import SubprocessExecutor
 from autotune.values import (

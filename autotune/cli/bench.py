@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from autotune.errors import GpuUnavailable, Interrupted, InvalidRequest
 from autotune.hardware.cpu import card_of_cpu
 from autotune.hardware.environment import is_own_python, read_environment
+from autotune.hardware.readers import watcher
 from autotune.predict.store import TraceStore
 from autotune.probe.dry_run import DryRunner
 from autotune.probe.predictor import FitPredictor, target_of_device
@@ -131,19 +132,6 @@ def check_environment(environment: Environment, device: Device, python: str | No
             f"torch {environment.torch} is not built for CUDA and cannot use {device.name}: install a CUDA build"
             " (`autotune doctor` says how), give --python an environment that has one, or rehearse with --gpu cpu"
         )
-
-
-def watcher(device: Device) -> Callable[[], Device | None]:
-    """A reading of this card now: NVML's; elsewhere nothing is read."""
-    if device.kind != "cuda":
-        return lambda: None
-
-    def read() -> Device | None:
-        from autotune.hardware.nvml import read_nvml
-
-        return next((found for found in read_nvml().devices if found.uuid == device.uuid), None)
-
-    return read
 
 
 def optional_packages(python: str | None) -> frozenset[str]:

@@ -16,10 +16,12 @@ from autotune.protocols import Predictor
 from autotune.recover.facts import Ended, Settings
 from autotune.recover.longest import config_of, longest_batch
 from autotune.values import (
+    LIBRARIES,
     TRAINER_ADAPTER_DTYPE,
     TRAINER_LOSS,
     TRAINER_UPCAST,
     Device,
+    Environment,
     FitRequest,
     ModelSource,
     Trainer,
@@ -27,7 +29,7 @@ from autotune.values import (
     TrialRecord,
 )
 from autotune.workload.models import resolve_model
-from gpu_db.store import open_store
+from gpu_db.store import GpuStore, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,10 @@ _TRAINER = {"trl": Trainer.TRL}  # whose step the others run is transformers' ow
 class Foresight:
     """Nothing of it is there where the model is not known."""
 
+    source: ModelSource | None = None
     base: TrainingConfig | None = None
+    environment: Environment | None = None  # of the trainer, as far as it told its versions
+    store: GpuStore | None = None
     predictor: Predictor | None = None
     trials: tuple[TrialRecord, ...] = ()
     why_not: str | None = None  # one sentence, where nothing can be predicted
@@ -90,7 +95,15 @@ def _foresight(
         raise _Unknown(str(error)) from error
     stack.callback(predictor.close)
     known = tuple(t for t in trials if t.environment.fingerprint == environment.fingerprint)
-    return Foresight(base=base, predictor=predictor, trials=known)
+    versions: dict[str, Any] = {name: version for name, version in ended.progress.versions.items() if name in LIBRARIES}
+    return Foresight(
+        source=source,
+        base=base,
+        environment=replace(environment, **versions),
+        store=store,
+        predictor=predictor,
+        trials=known,
+    )
 
 
 def model_of(settings: Settings) -> ModelSource | None:

@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from autotune.cli.bench import watcher
-from autotune.cli.run_foresight import foresight
+from autotune.cli.run_record import record_trials
 from autotune.cli.run_row import Row
 from autotune.cli.run_text import attempt_lines, end_line, incident_lines, tell
-from autotune.errors import InvalidRequest, StoreError
+from autotune.errors import Interrupted, InvalidRequest, StoreError
+from autotune.hardware.readers import watcher
 from autotune.recover.checkpoints import newest_complete, prepare_resume, present, set_aside_incomplete
 from autotune.recover.decide import Options, decide
 from autotune.recover.facts import Action, Change, Checkpoint, Decision, Ended, Incident, Launch, Progress, Settings
@@ -26,6 +26,7 @@ from autotune.recover.longest import died_earlier
 from autotune.recover.output import Output
 from autotune.recover.plan import RunState, attempt_folder, write_plan, write_state
 from autotune.recover.policy import Policy
+from autotune.recover.report import report_text
 from autotune.recover.run import Seams
 from autotune.recover.step_down import Nothing, StepDown, next_config
 from autotune.recover.stop import StopRequests
@@ -172,6 +173,8 @@ class Hands:
     def smaller(
         self, ended: Ended, judgement: Judgement, history: Sequence[Incident], settings: Settings
     ) -> StepDown | Nothing:
+        from autotune.cli.run_foresight import foresight  # what predicts is heavy, and most runs never need it
+
         asked, known = self.asked, self._with_options(settings)
         self.row.says("choosing a config that fits")
         with foresight(known, ended, asked.device, asked.limit_bytes, lambda: self.stop.requested) as seen:
@@ -245,14 +248,17 @@ class Hands:
 
     def record(self, ended: Ended, judgement: Judgement, settings: Settings) -> None:
         try:
-            from autotune.cli.run_record import record_trial
-        except ModuleNotFoundError:
-            return
-
-        try:
-            record_trial(ended, judgement, self._with_options(settings), self.asked.device, self.asked.limit_bytes)
-        except StoreError as error:
-            tell(f"what was measured is not kept: {error}")
+            record_trials(
+                ended,
+                judgement,
+                self._with_options(settings),
+                self.asked.device,
+                self.asked.limit_bytes,
+                run_id=self.run_id,
+                stopped=lambda: self.stop.requested,
+            )
+        except (StoreError, Interrupted) as error:
+            self.say(f"what was measured is not kept: {error}")
 
     def attempt_starts(self, number: int, launch: Launch, resume: Checkpoint | None, settings: Settings) -> None:
         self.row.begins(number)
@@ -277,11 +283,6 @@ class Hands:
         self.output.keep(f"autotune: {line}\n".encode())
 
     def _report(self) -> Path | None:
-        try:
-            from autotune.recover.report import report_text
-        except ModuleNotFoundError:
-            return None
-
         if self.state is None:
             return None
         path = self.folder / REPORT

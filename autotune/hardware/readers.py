@@ -71,3 +71,14 @@ class MachineReader:
 
     def devices(self) -> tuple[Device, ...]:
         return read_machine(python=self.python).devices
+
+
+def watcher(device: Device) -> Callable[[], Device | None]:
+    """A reading of this card now: NVML's; elsewhere nothing is read."""
+    if device.kind != "cuda":
+        return lambda: None
+
+    def read() -> Device | None:
+        return next((found for found in read_nvml().devices if found.uuid == device.uuid), None)
+
+    return read

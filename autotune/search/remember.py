@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from autotune.search.belief import MemoryBelief
-from autotune.search.climb import Observation
+from typing import TYPE_CHECKING
+
 from autotune.values import Prediction
+
+if TYPE_CHECKING:  # a supervisor asks for `needed_bytes` alone, and numpy takes 20 MiB
+    from autotune.search.belief import MemoryBelief
+    from autotune.search.climb import Observation
 
 STUCK = 0.1  # of what is kept beside tensors, that lies between them and cannot be given back
 _LEAST_CACHE = 0.01  # of the tensors, that the allocator has to be expected to keep beside them to learn from it
