@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 GPU ?= auto
 RESULTS := benchmarks/results
+REAL_RUNS := tests/real_runs
+OLDEST := .venv-457
 
 # Without this, torch's and bitsandbytes' thread pools can spin against each other on a loaded machine (docs/log.md).
 export GOMP_SPINCOUNT ?= 3000
@@ -13,7 +15,7 @@ export GOMP_SPINCOUNT ?= 3000
 fit: $(VENV)/.installed
 	$(BIN)/autotune fit --gpu $(GPU)
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(OLDEST)/.installed
 	$(BIN)/python -m pytest
 
 check: lint test
@@ -52,5 +54,12 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
 	touch $@
 
+# The oldest transformers that is supported, in an environment of its own, for the real runs among the tests.
+$(OLDEST)/.installed: $(REAL_RUNS)/constraints-457.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $< \
+		torch transformers trl peft datasets accelerate bitsandbytes
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-*
