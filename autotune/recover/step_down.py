@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -145,10 +146,8 @@ class _Search:
     def at(self, length: int) -> StepDown | None:
         """The best at this length: measured before predicted before the ladder's next."""
         candidates = [config for config in self.candidates(length) if self.may_fit(config)]
-        if self.predictor is not None:
-            self.predictor.prepare(candidates)
         found = self.measured(candidates) or self.predicted(candidates)
-        if found is None and not any(self.expected.prediction(config) for config in candidates):
+        if found is None and not any(self.expected.prediction(config) for config in _smallest(candidates)):
             found = self.next_on_ladder(candidates)
         return found
 
@@ -214,8 +213,24 @@ class _Search:
         return min(found, key=_quickest, default=None)
 
     def predicted(self, candidates: Sequence[TrainingConfig]) -> StepDown | None:
-        known = [config for config in candidates if self.expected.prediction(config) and self.expected.fits(config)]
-        return min((self.offer(config, "predicted") for config in known), key=_quickest, default=None)
+        """Of each micro batch size what recomputes least and fits, and of those the fastest.
+
+        A dry run takes seconds: what recomputes more is slower and needs less, so few of them decide.
+        """
+        if self.predictor is None:
+            return None
+        sizes: dict[int, list[TrainingConfig]] = {}
+        for config in sorted(candidates, key=lambda one: -kept_layers(one.gradient_checkpointing)):
+            sizes.setdefault(config.micro_batch_size, []).append(config)
+        found = []
+        lightest = -1
+        for size in sorted(sizes, reverse=True):
+            kinds = [config for config in sizes[size] if kept_layers(config.gradient_checkpointing) > lightest]
+            place = bisect.bisect_left(kinds, True, key=lambda config: bool(self.expected.fits(config)))
+            if place < len(kinds):
+                found.append(self.offer(kinds[place], "predicted"))
+                lightest = kept_layers(kinds[place].gradient_checkpointing)  # a smaller one must recompute less
+        return min(found, key=_quickest, default=None)
 
     def next_on_ladder(self, candidates: Sequence[TrainingConfig]) -> StepDown | None:
         """Nothing is predicted: the next smaller micro batch that is a real step, then more checkpointing."""
@@ -232,16 +247,15 @@ class _Search:
     def closest(self) -> StepDown | None:
         """The one that needs least, though it is not expected to fit: predictions err, and a try costs minutes."""
         length = self.died[-1].sequence_length
-        candidates = [config for config in self.candidates(length) if self.may_fit(config)]
+        candidates = _smallest([config for config in self.candidates(length) if self.may_fit(config)])
         hopeful = [config for config in candidates if self.predictor is None or not self.predictor.hopeless(config)]
-        if not hopeful:
-            return None
-        order = [(self.expected.need(config) or 0.0, tokens_of(config)) for config in hopeful]
-        return self.offer(hopeful[order.index(min(order))], "closest")
+        needs = [(self.expected.need(config) or 0.0, place) for place, config in enumerate(hopeful)]
+        return self.offer(hopeful[min(needs)[1]], "closest") if needs else None
 
     def nothing(self) -> Nothing:
-        lengths = {self.now.sequence_length, self.died[-1].sequence_length}
-        needs = [need for config in self.candidates(min(lengths)) if (need := self.expected.need(config)) is not None]
+        length = min(self.now.sequence_length, self.died[-1].sequence_length)
+        least = _smallest(list(self.candidates(length)))
+        needs = [need for config in least if (need := self.expected.need(config)) is not None]
         allowed = self.expected.allowed_bytes
         missing = round(min(needs) - allowed) if needs and allowed is not None else None
         return Nothing(
@@ -285,6 +299,14 @@ class _Search:
         if tried is None or allocated is None:
             return None
         return allocated + tried - (0 if self.on_cpu else _SEGMENT_BYTES)
+
+
+def _smallest(candidates: Sequence[TrainingConfig]) -> list[TrainingConfig]:
+    """Of the smallest micro batch: the plainest settings, and those that keep least."""
+    size = min((config.micro_batch_size for config in candidates), default=0)
+    found = [config for config in candidates if config.micro_batch_size == size]
+    ends = found[:1] + sorted(found, key=lambda config: kept_layers(config.gradient_checkpointing))[:1]
+    return list(dict.fromkeys(ends))
 
 
 def _moved(config: TrainingConfig) -> dict[str, Any]:
