@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autotune.recover.decide import Options, decide
 from autotune.recover.expected import needs_as_much
 from autotune.recover.facts import (
     Action,
@@ -24,6 +26,7 @@ from autotune.recover.facts import (
     Settings,
 )
 from autotune.recover.longest import config_of, died_earlier, longest_batch
+from autotune.recover.policy import Policy
 from autotune.recover.step_down import Nothing, StepDown, next_config
 from autotune.values import GIB, MIB, AllocatorSetting, Judgement, LossPath, Trainer, TrainingConfig, Verdict
 from tests.fakes import FakePredictor, Law, a_cpu, a_gpu
@@ -244,28 +247,29 @@ def test_what_the_trainer_says_of_its_sizes_goes_before_what_its_command_says() 
     assert (config.micro_batch_size, config.gradient_checkpointing) == (8, "full")
 
 
-def test_earlier_deaths_are_known_with_the_settings_that_they_had() -> None:
-    def incident(number: int, batch: Batch | None, **change: Any) -> Incident:
-        return Incident(
-            run_id="r",
-            number=number,
-            attempt=number,
-            time_utc="2026-01-01T00:00:00+00:00",
-            judgement=OOM,
-            phase=Phase.TRAIN,
-            ended_by=EndedBy.ITSELF,
-            exit_code=1,
-            signal=None,
-            step=number,
-            batch=batch,
-            decision=Decision(action=Action.STEP_DOWN, why="", change=change),
-        )
+def _incident(number: int, batch: Batch | None, change: dict[str, Any]) -> Incident:
+    return Incident(
+        run_id="r",
+        number=number,
+        attempt=number,
+        time_utc="2026-01-01T00:00:00+00:00",
+        judgement=OOM,
+        phase=Phase.TRAIN,
+        ended_by=EndedBy.ITSELF,
+        exit_code=1,
+        signal=None,
+        step=number,
+        batch=batch,
+        decision=Decision(action=Action.STEP_DOWN, why="", change=change),
+    )
 
+
+def test_earlier_deaths_are_known_with_the_settings_that_they_had() -> None:
     half = {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
     history = [
-        incident(1, Batch(samples=8, tokens=300), **half),
-        replace(incident(2, None), phase=Phase.EVALUATE),
-        incident(3, None, gradient_checkpointing="full"),
+        _incident(1, Batch(samples=8, tokens=300), half),
+        replace(_incident(2, None, {}), phase=Phase.EVALUATE),
+        _incident(3, None, {"gradient_checkpointing": "full"}),
     ]
     found = died_earlier(RUN, history, Progress(micro_batch_size=4, gradient_accumulation_steps=4), tokens=512)
     assert [(c.micro_batch_size, c.sequence_length, c.gradient_checkpointing) for c in found] == [
@@ -322,3 +326,43 @@ def test_stepping_down_ends_keeps_the_effective_batch_and_never_comes_back_to_wh
         assert not any(needs_as_much(replace(found.config, allocator=d.allocator), d) for d in died)
         run = replace(run, **{name: value for name, value in found.change.items() if name != "allocator"})
     raise AssertionError("stepping down does not end")
+
+
+@pytest.mark.parametrize("limit_mib", [600, 900, 1500, 2500])
+@pytest.mark.parametrize("error", [None, 0.75, 1.0, 1.1])
+@pytest.mark.parametrize("knows_dataset", [True, False])
+def test_a_run_whose_batches_grow_is_brought_through_within_its_restarts(
+    limit_mib: int, error: float | None, knows_dataset: bool
+) -> None:
+    """Batches of 60 to 500 tokens, each longer than the last; out of memory wherever the law says so."""
+    run, died, history = RUN, [], list[Incident]()
+    limit = limit_mib * MIB
+    lengths = range(60, 501, 40)
+    while True:
+        now = config_of(run, Progress())
+        assert now is not None
+        batches = [replace(now, sequence_length=tokens) for tokens in lengths]
+        fatal = next((batch for batch in batches if LAW.peak_bytes(batch) > limit), None)
+        if fatal is None:
+            return
+        passed = [batch for batch in batches if batch.sequence_length < fatal.sequence_length]
+        ended = a_death(
+            Batch(samples=now.micro_batch_size, tokens=fatal.sequence_length),
+            steps=len(passed),
+            dataset_longest=500 if knows_dataset else None,
+            longest_seen=Batch(samples=now.micro_batch_size, tokens=passed[-1].sequence_length) if passed else None,
+            peak_reserved_bytes=LAW.peak_bytes(passed[-1]) if passed else None,
+        )
+        predictor = FakePredictor(memory_error=error, allowed_bytes=limit) if error else None
+        options = Options(
+            smaller=lambda run=run, ended=ended, predictor=predictor: ask(
+                run, ended, can=MORE, predictor=predictor, died=died, allowed_bytes=limit
+            ),
+            can=MORE,
+        )
+        found = decide(ended, OOM, history, Policy(), options, now=datetime(2026, 1, 1, tzinfo=UTC))
+        assert found.action is Action.STEP_DOWN, found.why
+        history.append(_incident(len(history) + 1, None, found.change))
+        died.append(fatal)
+        run = replace(run, **found.change)
+        assert len(history) <= (3 if error else 5)
