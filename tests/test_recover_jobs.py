@@ -206,6 +206,7 @@ def test_a_cancel_is_not_overwritten_by_progress(store: JobStore) -> None:
     job_id = live(store)
     assert store.cancel(job_id).state is State.CANCELLING
     assert store.update(job_id, state=State.RUNNING, step=1) is State.CANCELLING
+    assert store.job(job_id).step == 1
 
 
 @pytest.mark.parametrize(

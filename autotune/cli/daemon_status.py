@@ -70,7 +70,7 @@ def headline(document: dict[str, Any]) -> str:
     return f"{who} {said or 'No jobs'}."
 
 
-_HEADINGS = ["ID", "STATE", "NAME", "ON", "STEP", "LEFT", "TOKENS/S", "MEMORY", "RECOVERED", "COMMAND"]
+_HEADINGS = ["ID", "STATE", "NAME", "ON", "STEP", "LEFT", "TOKENS/S", "MEMORY", "INCIDENTS", "COMMAND"]
 _RIGHT = {0, 5, 6, 7, 8}
 
 
@@ -85,8 +85,14 @@ def _row(job: dict[str, Any]) -> list[str]:
         f"{job['tokens_per_second']:,.0f}" if job["tokens_per_second"] else "-",
         memory_text(job),
         str(job["incidents"] or "-"),
-        job["message"][:60] if job["message"] and job["state"] != State.FINISHED else " ".join(job["command"])[:60],
+        word_text(job)[:60],
     ]
+
+
+def word_text(job: dict[str, Any]) -> str:
+    """The newest word about it; where that says no more than its state, its command."""
+    says_more = job["message"] and job["message"] != job["state"] and job["state"] != State.FINISHED
+    return str(job["message"]) if says_more else " ".join(job["command"])
 
 
 def state_text(job: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def picture(document: dict[str, Any], *, height: int) -> RenderableType:
     jobs, left_out = text.listed(document)
     room = max(3, height - len(incidents) - 6)
     table = Table(box=None, pad_edge=False, expand=True)
-    for heading in ("ID", "State", "Name", "On", "Progress", "", "Left", "Tokens/s", "Memory", "Recovered"):
+    for heading in ("ID", "State", "Name", "On", "Progress", "", "Left", "Tokens/s", "Memory", "Incidents"):
         table.add_column(heading, no_wrap=True, overflow="ellipsis", ratio=2 if heading == "Progress" else None)
     for job in jobs[:room]:
         table.add_row(*_row(job))
@@ -76,11 +76,11 @@ def picture(document: dict[str, Any], *, height: int) -> RenderableType:
 
 def _row(job: dict[str, Any]) -> list[RenderableType]:
     state = State(job["state"])
-    bar: RenderableType = Text("")
+    bar: RenderableType
     if job["fraction"] is not None and state in LIVE:
         bar = ProgressBar(total=1.0, completed=job["fraction"])
-    elif job["message"]:
-        bar = Text(job["message"], style="dim", overflow="ellipsis", no_wrap=True)
+    else:
+        bar = Text(text.word_text(job), style="dim", overflow="ellipsis", no_wrap=True)
     return [
         Text(str(job["id"])),
         Text(text.state_text(job), style=_COLOURS.get(state, "")),

@@ -169,12 +169,11 @@ class JobStore:
         if unknown := reported.keys() - _REPORTED:
             raise ValueError(f"not a supervisor's to say: {', '.join(sorted(unknown))}")
         said = {name: without_secrets(value) for name, value in reported.items() if value is not None}
-        if state is not None:
-            said["state"] = state.value
         said["updated_utc"] = utc_now()
         changes = ", ".join(f"{name} = ?" for name in said)
-        going_on = [live for live in LIVE if live is not State.CANCELLING]
-        self._change(changes, tuple(said.values()), job_id, going_on, durable=False)
+        if state is not None:  # a cancel that was asked for stays asked for
+            changes = f"state = CASE state WHEN 'cancelling' THEN state ELSE '{state.value}' END, {changes}"
+        self._change(changes, tuple(said.values()), job_id, LIVE, durable=False)
         return self.job(job_id).state
 
     def finish(
