@@ -118,6 +118,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Scenarios:
     )
     found.add("new_epoch", plan={}, oom="forward", at=8, call=1)
     found.add("new_epoch_again", plan={"resume_from_checkpoint": str(at / "new_epoch/out/checkpoint-8")})
+    for name, step in (("fetch", 6), ("fetch_epoch", 8)):
+        found.add(name, plan={}, oom="fetch", at=step)
+        found.add(f"{name}_again", plan={"resume_from_checkpoint": str(at / f"{name}/out/checkpoint-{step}")})
     found.add("optimizer", plan={}, oom="optimizer", at=7)
     found.add("evaluate", arguments={"eval_strategy": "steps", "eval_steps": 3}, plan={}, oom="evaluate")
     found.add("right_after_save", plan={}, oom="forward", at=5)
@@ -194,12 +197,17 @@ def test_out_of_memory_in_forward_leaves_a_complete_checkpoint(ran: Scenarios, n
     assert (saved["emergency"], saved["path"]) == (True, died["saved"])
 
 
+@pytest.mark.parametrize(("name", "step"), [("fetch", 6), ("fetch_epoch", 8)])
+def test_a_death_while_a_batch_is_fetched_saves_the_step_before(ran: Scenarios, name: str, step: int) -> None:
+    died = ran.events(name, "died")[0]
+    assert (died["exception"], died["oom"], died["part"], died["batch"]) == ("MemoryError", True, None, None)
+    assert (died["step"], Path(died["saved"]).name) == (step, f"checkpoint-{step}")
+
+
 @pytest.mark.parametrize(
-    ("first", "again", "step"), [("forward", "forward_again", 7), ("new_epoch", "new_epoch_again", 8)]
+    ("again", "step"), [("forward_again", 7), ("new_epoch_again", 8), ("fetch_again", 6), ("fetch_epoch_again", 8)]
 )
-def test_a_run_resumed_from_it_has_the_losses_of_an_undisturbed_one(
-    ran: Scenarios, first: str, again: str, step: int
-) -> None:
+def test_a_run_resumed_from_it_has_the_losses_of_an_undisturbed_one(ran: Scenarios, again: str, step: int) -> None:
     begin = ran.events(again, "begin")[0]
     assert (begin["step"], begin["resumed"], begin["max_steps"]) == (step, True, 16)
     plain, result = ran.result("plain"), ran.result(again)

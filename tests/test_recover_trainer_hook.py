@@ -246,6 +246,39 @@ def test_a_control_file_that_asks_for_nothing_known_stops_nothing(tmp_path: Path
     assert requests.is_due(2)
 
 
+def test_sigterm_is_a_request_once_and_not_in_what_the_process_forks(place: Path) -> None:
+    code = """
+import os, signal
+from autotune.recover.trainer.stop import StopSignal
+stop = StopSignal()
+stop.install()
+child = os.fork()
+os.kill(os.getpid(), signal.SIGTERM) if child == 0 else None
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop.is_requested, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print(stop.is_requested, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("lives on", flush=True)
+"""
+    done = python(place, code, paths=str(Path(__file__).parent.parent))
+    assert done.stdout.split() == [str(-signal.SIGTERM), "False", "True"], done.stderr
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_somebody_elses_sigterm_handler_stays(place: Path) -> None:
+    code = """
+import signal
+from autotune.recover.trainer.stop import StopSignal
+def mine(*_): pass
+signal.signal(signal.SIGTERM, mine)
+stop = StopSignal()
+stop.install()
+stop.remove()
+print(signal.getsignal(signal.SIGTERM) is mine)
+"""
+    assert python(place, code, paths=str(Path(__file__).parent.parent)).stdout.strip() == "True"
+
+
 def test_events_that_cannot_be_written_are_counted(tmp_path: Path) -> None:
     lost = Events(str(tmp_path / "no" / "events.jsonl"))
     lost.write("step", step=1)

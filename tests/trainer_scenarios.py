@@ -49,6 +49,18 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {"input_ids": rows, "attention_mask": (rows != 0).long(), "labels": rows.masked_fill(rows == 0, -100)}
 
 
+class Samples(list):  # type: ignore[type-arg]
+    """Cannot be fetched from once the step is reached that the scenario names."""
+
+    scenario: Any = None
+
+    def __getitem__(self, index: Any) -> Any:
+        scenario = self.scenario
+        if scenario is not None and scenario.told.get("oom") == "fetch" and scenario.step == scenario.told["at"]:
+            raise MemoryError("no room for a batch (simulated)")
+        return super().__getitem__(index)
+
+
 class Scenario(TrainerCallback):  # type: ignore[misc]
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -122,10 +134,12 @@ class Scenario(TrainerCallback):  # type: ignore[misc]
         transformers.set_seed(3)
         model = Model(transformers.LlamaConfig(**MODEL))
         model.scenario = self
+        samples = Samples(SAMPLES)
+        samples.scenario = self
         trainer = Trainer(
             model=model,
             args=TrainingArguments(**settings),
-            train_dataset=SAMPLES,
+            train_dataset=samples,
             eval_dataset=SAMPLES[:4],
             data_collator=collate,
             callbacks=[self],

@@ -1,8 +1,8 @@
 """The checkpoint that a dying trainer still writes: the state after its last finished optimizer step.
 
-Sound where the death came between two optimizer steps: in forward or backward nothing of the model, the optimizer or
-the schedule has changed yet. The folder is marked while it is written, as transformers marks its own just-in-time
-checkpoints, so what is cut short is never taken for a checkpoint.
+Sound where the death came between two optimizer steps: in forward or backward, in an evaluation or while a batch is
+fetched nothing of the model, the optimizer or the schedule has changed since. The folder is marked while it is
+written, as transformers marks its own just-in-time checkpoints, so what is cut short is never taken for a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STATE = "trainer_state.json"
 _IN_BACKWARD = ("lomo", "layerwise")
 
 
-def why_not(trainer: Any, *, asked: bool, in_evaluation: bool) -> str | None:
+def why_not(trainer: Any, *, asked: bool, skips_evaluation: bool) -> str | None:
     """Why no emergency checkpoint can or should be written; None where one can."""
     arguments, step = trainer.args, trainer.state.global_step
     saves = _word(arguments.save_strategy) != "no" or asked
@@ -39,7 +39,7 @@ def why_not(trainer: Any, *, asked: bool, in_evaluation: bool) -> str | None:
         "saving would wait for the other ranks": arguments.world_size > 1,  # even DDP's: it sums their FLOPs
         "weights change during backward": any(word in _word(arguments.optim) for word in _IN_BACKWARD),
         "it is a hyperparameter search": getattr(trainer, "hp_search_backend", None) is not None,
-        "the evaluation decides what follows": in_evaluation and _evaluation_decides(trainer),
+        "the evaluation decides what follows": skips_evaluation and _evaluation_decides(trainer),
         "the checkpoint is there": is_complete(checkpoint_path(trainer)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

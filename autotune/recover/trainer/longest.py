@@ -14,6 +14,22 @@ _TOKENS = "input_ids"
 
 def longest_sample(dataset: Any, limit_s: float = LIMIT_S) -> int | None:
     """Tokens of the longest sample; None where finding out could take longer than about `limit_s`."""
+    try:
+        return _longest(dataset, limit_s)
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        NotImplementedError,
+        OSError,
+        TypeError,
+        ValueError,
+    ):
+        return None  # a set of another kind than it looks like
+
+
+def _longest(dataset: Any, limit_s: float) -> int | None:
     columns = getattr(dataset, "column_names", None)
     table = getattr(dataset, "data", None)
     if isinstance(columns, list) and table is not None and hasattr(table, "column"):
@@ -24,7 +40,7 @@ def longest_sample(dataset: Any, limit_s: float = LIMIT_S) -> int | None:
 
 
 def _of_arrow(table: Any, columns: list[str], indices: Any, limit_s: float) -> int | None:
-    name = next((name for name in (*_LENGTHS, _TOKENS) if name in columns), None)
+    name = next((name for name in (_TOKENS, *_LENGTHS) if name in columns), None)
     if name is None:
         return None
     types, compute = importlib.import_module("pyarrow.types"), importlib.import_module("pyarrow.compute")

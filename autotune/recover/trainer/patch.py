@@ -45,7 +45,7 @@ def _train(original: Method) -> Method:
 def _training_step(original: Method) -> Method:
     def training_step(self: Any, *arguments: Any, **named: Any) -> Any:
         session = current()
-        if session is not None and session.run is not None:
+        if session is not None and session.run is not None and session.run.trainer is self:
             harmless(session.run.micro_batch_begins)(arguments[1] if len(arguments) > 1 else named.get("inputs"))
         return original(self, *arguments, **named)
 

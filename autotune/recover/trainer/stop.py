@@ -15,6 +15,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.is_requested = False
         self._is_installed = False
+        self._pid = os.getpid()
 
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -29,7 +30,7 @@ class StopSignal:
             self._is_installed = False
 
     def _heard(self, _number: int, _frame: FrameType | None) -> None:
-        if self.is_requested:
+        if self.is_requested or os.getpid() != self._pid:  # what this process has forked dies as if we were not here
             die_of_sigterm()
         self.is_requested = True
 

@@ -17,15 +17,18 @@ from autotune.recover.trainer.session import Session, harmless
 from autotune.recover.trainer.settings import apply_to_trainer
 from autotune.recover.trainer.stop import die_of_sigterm
 
+_RESUME = "resume_from_checkpoint"
+
 
 def train_under(
     session: Session, trainer: Any, train: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]
 ) -> Any:
     """What `train` gives back. Its exceptions pass; a SIGTERM that was heard ends the process once all is saved."""
-    prepared = harmless(_prepare)(session, trainer, arguments, named)
+    arguments, named = _with_checkpoint(session, trainer, arguments, named)
+    prepared = harmless(_prepare)(session, trainer, bool(arguments[0] if arguments else named.get(_RESUME)))
     if prepared is None:
         return train(trainer, *arguments, **named)
-    run, callback, arguments, named = prepared
+    run, callback = prepared
     try:
         with _own_micro_batch(trainer) if run.resumed else contextlib.nullcontext():
             result = train(trainer, *arguments, **named)
@@ -43,23 +46,25 @@ def train_under(
     return result
 
 
-def _prepare(
-    session: Session, trainer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[TrainRun, Any, tuple[Any, ...], dict[str, Any]]:
-    plan = session.plan
+def _prepare(session: Session, trainer: Any, resumed: bool) -> tuple[TrainRun, Any]:
     session.start()
-    not_applied = apply_to_trainer(trainer, plan.changed)
-    checkpoint = _checkpoint_for(session, trainer)
-    if checkpoint is not None:
-        arguments, named = (checkpoint, *arguments[1:]), dict(named)
-        named.pop("resume_from_checkpoint", None)
-    asked = arguments[0] if arguments else named.get("resume_from_checkpoint")
-    run = TrainRun(trainer, plan, session.events, resumed=bool(asked), not_applied=not_applied)
+    not_applied = apply_to_trainer(trainer, session.plan.changed)
+    run = TrainRun(trainer, session.plan, session.events, resumed=resumed, not_applied=not_applied)
     callback = make_callback(run)
     trainer.add_callback(callback)
     run.stop.install()
     session.run, session.phase = run, Phase.TRAIN
-    return run, callback, arguments, named
+    return run, callback
+
+
+def _with_checkpoint(
+    session: Session, trainer: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of `train`, with the plan's checkpoint in place of whatever the script says."""
+    checkpoint = _checkpoint_for(session, trainer)
+    if checkpoint is None:
+        return arguments, named
+    return (checkpoint, *arguments[1:]), {name: value for name, value in named.items() if name != _RESUME}
 
 
 def _checkpoint_for(session: Session, trainer: Any) -> str | None:
@@ -104,24 +109,30 @@ def _tell(session: Session, run: TrainRun, error: BaseException) -> None:
 
 def _save(session: Session, run: TrainRun, error: Exception) -> Path | None:
     """Write the emergency checkpoint where the state is that of the last finished step; None where none is written."""
+    trainer = run.trainer
     in_step = session.phase is Phase.TRAIN and run.part == FORWARD_BACKWARD and run.draws is not None
-    in_evaluation = session.phase is Phase.EVALUATE and run.part is None and run.step == run.trainer.state.global_step
-    if not (in_step or in_evaluation):
+    in_evaluation = session.phase is Phase.EVALUATE and run.part is None
+    is_over = trainer.state.global_step >= trainer.state.max_steps or trainer.control.should_training_stop
+    # Fetching a batch, logging: at the end of all, another model may be loaded already.
+    between = session.phase is Phase.TRAIN and run.part is None and not is_over
+    if run.step != trainer.state.global_step or not (in_step or in_evaluation or between):
         return None
-    if emergency.why_not(run.trainer, asked=run.plan.emergency, in_evaluation=in_evaluation) is not None:
+    skips = in_evaluation or (between and trainer.control.should_evaluate)
+    if emergency.why_not(trainer, asked=run.plan.emergency, skips_evaluation=skips) is not None:
         return None
     try:
-        return _write(run, error, rewind=in_step)
+        return _write(run, error)
     except Exception as failure:  # noqa: BLE001 - the first death is the one to tell; the folder stays marked
         sys.stderr.write(f"autotune: no emergency checkpoint: {type(failure).__name__}: {failure}\n")
         return None
 
 
-def _write(run: TrainRun, error: Exception, *, rewind: bool) -> Path:
+def _write(run: TrainRun, error: Exception) -> Path:
     trainer = run.trainer
     emergency.free(trainer, error)
-    if rewind and run.draws is not None and run.counters is not None:
+    if run.draws is not None:  # none are kept between two steps: what was drawn since is what an undisturbed run draws
         randomness.restore(run.draws)
+    if run.part == FORWARD_BACKWARD and run.counters is not None:
         trainer.state.num_input_tokens_seen, trainer.current_flos = run.counters
     began = run.clock()
     folder = emergency.save(trainer)
