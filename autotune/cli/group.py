@@ -18,7 +18,7 @@ COMMANDS = {
     "fit": "the fastest config that fits, proven by real training steps",
     "sweep": "measure a whole grid of configs, to replay searches on",
     "estimate": "memory and speed on a card that need not be here, predicted",
-    "run": "one training command, resumed with a config that fits after out-of-memory",
+    "run": "one training command, resumed with what fits after out-of-memory",
     "daemon": "a queue of supervised runs on this machine's GPUs",
     "export": "a fit in a trainer's own words",
     "classify": "what a log says about why a run died",

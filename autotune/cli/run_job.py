@@ -93,7 +93,7 @@ def _job(number: int) -> int:
     context = command.make_context("run", [*job.options, "--", *job.command])
     options = {**context.params, "job": number, "resume": job.run_folder is not None}
     options["run_folder"] = Path(job.run_folder) if job.run_folder else None
-    options["gpu"] = job.device or job.gpu
+    options["gpu"] = "cpu" if job.device == "cpu" else "auto"  # the daemon lets it see its own card alone
     options |= {f"on_{event}": None for event in ("finished", "recovered", "failed")}  # the row has them
     words = options.pop("words")
     try:
@@ -110,7 +110,8 @@ def _job_failed(number: int, message: str) -> None:
 
     with open_jobs() as store:
         job = store.finish(number, State.FAILED, exit_code=FAILED, message=message)
-        notify(job, Event.FAILED, message, home=store.home)
+        if job.state is State.FAILED:  # another process may have it
+            notify(job, Event.FAILED, message, home=store.home).join()
 
 
 def ask(words: tuple[str, ...], options: dict[str, Any], *, cwd: Path, environ: Mapping[str, str]) -> Asked:

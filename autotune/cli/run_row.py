@@ -74,7 +74,7 @@ class Row:
         )
         job = store.register(new)
         store.update(job.id, run_folder=str(self.folder), device=self.asked.device.id)
-        return job
+        return store.job(job.id)
 
     def begins(self, number: int) -> None:
         self._update(state=State.RUNNING, attempts=number, message="running")

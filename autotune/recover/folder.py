@@ -25,6 +25,8 @@ def new_folder(given: Path | None) -> tuple[str, Path]:
     run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
     folder = given.absolute() if given else runs_folder() / run_id
     try:
+        if given is None:
+            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if given and any(folder.iterdir()):
             raise InvalidRequest(
