@@ -18,7 +18,7 @@ from autotune.recover.checkpoints import newest_complete, present
 from autotune.recover.command import TrainingCommand, read_command
 from autotune.recover.facts import Checkpoint, Settings
 from autotune.recover.folder import held, interrupted_run, new_folder
-from autotune.recover.limits import with_memory_limit
+from autotune.recover.limits import needs_torch, with_memory_limit
 from autotune.recover.plan import RunState, read_state, write_state
 from autotune.recover.run import run
 from autotune.recover.trainer.environ import hook_environ
@@ -86,10 +86,16 @@ def main(words: tuple[str, ...], options: dict[str, Any]) -> int:
 def _job(number: int) -> int:
     """A job of the daemon's queue."""
     from autotune.cli.run import command
+    from autotune.recover.job import State
     from autotune.recover.jobs import open_jobs
 
     with open_jobs() as store:
         job = store.job(number)
+        ended = read_state(Path(job.run_folder)) if job.run_folder else None
+        if ended is not None and ended.finished:  # its supervisor was killed between the end and the row
+            state = State.FAILED if ended.exit_code else State.FINISHED
+            store.finish(number, state, exit_code=ended.exit_code, message=f"ended with exit code {ended.exit_code}")
+            return ended.exit_code or 0
     context = command.make_context("run", [*job.options, "--", *job.command])
     options = {**context.params, "job": number, "resume": job.run_folder is not None}
     options["run_folder"] = Path(job.run_folder) if job.run_folder else None
@@ -131,6 +137,9 @@ def ask(words: tuple[str, ...], options: dict[str, Any], *, cwd: Path, environ: 
         command = read_command(words, cwd=cwd, environ=env, hooked=hooked, start=start)
     if start is not None:
         _check_plan(start, command, options)
+    torch = ".".join(map(str, command.torch)) if command.torch else None
+    if limit is not None and device.kind != "cpu" and (too_old := needs_torch(torch)):
+        raise InvalidRequest(too_old)
     limits = replace(
         AttemptLimits(),
         start_s=options["start_limit"],
