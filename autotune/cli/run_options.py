@@ -59,7 +59,7 @@ RUN_OPTIONS = [
         show_default=True,
         help="No step for so many times the median step counts as a hang.",
     ),
-    click.option("--stall-floor", type=Duration(), default=600.0, help="Less than this is never a hang.  [default: 10min]"),
+    click.option("--stall-floor", type=Duration(), default=600.0, help="The shortest hang.  [default: 10min]"),
     click.option("--start-limit", type=Duration(), default=3600.0, help="Time to the first step.  [default: 1h]"),
     click.option("--grace", type=Duration(), default=30.0, help="From a forwarded signal to the end.  [default: 30s]"),
     click.option("--on-finished", type=TEXT, help="A command to run when it has finished; no shell."),
