@@ -173,10 +173,11 @@ def test_a_run_that_is_stopped_gives_the_exit_code_of_its_command(ended: Ended, 
     assert Scene([ended], [STOP]).go().exit_code == code
 
 
-def test_a_stop_asked_for_while_it_waits_ends_the_run() -> None:
+def test_a_stop_asked_for_while_it_waits_ends_the_run_which_may_be_resumed() -> None:
     scene = Scene([OOM], [Decision(action=Action.WAIT, why="others", wait_s=30.0)], stopped=True)
     state = scene.go()
     assert (scene.waited, state.exit_code, state.attempts) == ([30.0], 1, 1)
+    assert not state.finished
 
 
 def test_a_run_that_the_user_stopped_is_not_finished() -> None:

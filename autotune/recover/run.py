@@ -93,7 +93,7 @@ class _Run:
                 return self.finish(ended, exit_code_of(ended))
             self.change(decision)
             if self.seams.wait(decision, ended):
-                return self.finish(ended, exit_code_of(ended))
+                return self.finish(replace(ended, ended_by=EndedBy.USER), exit_code_of(ended))
 
     def attempt(self, resume: Checkpoint | None) -> Ended:
         change = self.state.changed or {}
