@@ -45,6 +45,7 @@ class Case:
     max_steps: int = _STEPS
     save_steps: int = _SAVE
     workers: int = 0
+    save_total_limit: int | None = None
     spec: Spec = field(default_factory=lambda: Spec(folder=""))
     outside: tuple[Outside, ...] = ()
 
@@ -85,6 +86,7 @@ def make(number: int, kind: Fault, chance: random.Random, *, real: bool = False)
         micro=micro,
         accumulation=EFFECTIVE_BATCH // micro,
         max_steps=REAL_STEPS if real else _STEPS,
+        save_total_limit=chance.choice((None, 2)),
         spec=Spec(
             folder="",
             seed=chance.randrange(1000),
@@ -94,7 +96,7 @@ def make(number: int, kind: Fault, chance: random.Random, *, real: bool = False)
         ),
     )
     case = _with_outside(case, chance) if kind in FROM_OUTSIDE else _MAKERS.get(kind, _with_strike)(case, chance)
-    return case if real or kind in _ALONE or chance.random() < 0.7 else _with_second(case, chance)
+    return case if real or kind in _ALONE or case.outside or chance.random() < 0.7 else _with_second(case, chance)
 
 
 def _step(case: Case, chance: random.Random) -> int:
@@ -102,9 +104,15 @@ def _step(case: Case, chance: random.Random) -> int:
 
 
 def _with_outside(case: Case, chance: random.Random) -> Case:
-    step = chance.choice((0, *range(1, case.max_steps - 1)))
-    longest = (8.0 if case.real else 1.0) if step == 0 else 0.1
-    return replace(case, outside=(Outside(case.kind, step, chance.uniform(0, longest)),))
+    """At the start, at a step, or while a recovery waits."""
+    when = chance.choice(("start", "step", "step", "recovery"))
+    if when == "start":
+        return replace(case, outside=(Outside(case.kind, 0, chance.uniform(0, 8.0 if case.real else 1.0)),))
+    step = chance.randrange(1, case.max_steps // 2)
+    if when == "step":
+        return replace(case, outside=(Outside(case.kind, step, chance.uniform(0, 0.1)),))
+    spec = replace(case.spec, strikes=(Strike(Fault.KILL_TRAINER, step + 1),))
+    return replace(case, spec=spec, outside=(Outside(case.kind, step, chance.uniform(0, 7.0)),))
 
 
 def _with_strike(case: Case, chance: random.Random) -> Case:

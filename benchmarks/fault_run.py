@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ GRACE_S = 10.0  # for everything of a run to be gone after its supervisor has en
 LAUNCH_LIMIT_S = 90.0
 REAL_LAUNCH_LIMIT_S = 240.0
 LAUNCHES = 4
+PAIRS = tuple(itertools.product((signal.SIGTERM, signal.SIGINT), repeat=2))
 STALL = "4s"  # without a step
 STOPS = frozenset({Fault.BUG, Fault.DISK_FULL, Fault.OOM_LOAD, Fault.OOM_SAVE})  # a user's turn, not a retry's
 KILLED = frozenset({Fault.KILL_SUPERVISOR, Fault.KILL_BOTH, Fault.KILL_ALL, Fault.DOUBLE_SIGNAL})
@@ -215,9 +217,9 @@ class Play:
         self.struck_in = self.launch
         pids = [self.process.pid]
         if one.fault is Fault.DOUBLE_SIGNAL:
-            first, second = ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT))[one.step % 2]
+            first, second = PAIRS[self.case.number % len(PAIRS)]
             send(pids, first)
-            time.sleep(0.05)
+            time.sleep(one.delay_s % 0.1 * 6)  # the second one may count as the first again, or as urgent
             send(pids, second)
             return
         if one.fault in (Fault.KILL_BOTH, Fault.KILL_ALL):
@@ -283,6 +285,8 @@ def words_of(case: Case, output_dir: Path) -> list[str]:
         "save_steps": case.save_steps,
         "dataloader_num_workers": case.workers,
     }
+    if case.save_total_limit:
+        options["save_total_limit"] = case.save_total_limit
     if case.eval_steps:
         options |= {"eval_strategy": "steps", "eval_steps": case.eval_steps}
     if case.real:
