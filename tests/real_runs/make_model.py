@@ -19,7 +19,7 @@ CONFIG: dict[str, Any] = {
     "intermediate_size": 384,
     "max_position_embeddings": 2048,
     "num_attention_heads": 4,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_key_value_heads": 2,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
