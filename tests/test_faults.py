@@ -22,7 +22,7 @@ from benchmarks.fault_checkpoint import read_checkpoint
 from benchmarks.fault_inject import FAULTS_VARIABLE, MIB, Fault, Law, Spec, Strike
 from benchmarks.fault_ledger import FIRST_STATE, Ledger, Task, advance, of, rate_at, read_ledger
 from benchmarks.fault_list import Case, cases, make
-from benchmarks.fault_run import ROOT
+from benchmarks.fault_run import ROOT, Play
 
 TASK = Task(samples=64, max_steps=12, effective_batch=8)
 Entry = dict[str, Any]
@@ -269,3 +269,13 @@ def test_a_deaf_trainer_outlives_sigterm(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [Fault.OOM_MID_EPOCH, Fault.OOM_EVALUATION, Fault.BUG, Fault.KILL_BOTH, Fault.TRUNCATED],
+)
+def test_a_disturbed_run_comes_to_what_it_comes_to_undisturbed(tmp_path: Path, kind: Fault) -> None:
+    case = next(case for case in cases(0, 300, 0) if case.kind is kind and not case.daemon)
+    outcome = Play(case, Truth.of_task(case.task), tmp_path / "case").run()
+    assert outcome.good, outcome
