@@ -121,6 +121,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Scenarios:
     for name, step in (("fetch", 6), ("fetch_epoch", 8)):
         found.add(name, plan={}, oom="fetch", at=step)
         found.add(f"{name}_again", plan={"resume_from_checkpoint": str(at / f"{name}/out/checkpoint-{step}")})
+    found.add("nothing_to_load", plan={"resume_from_checkpoint": str(at / "no-checkpoint")})
     found.add("optimizer", plan={}, oom="optimizer", at=7)
     found.add("evaluate", arguments={"eval_strategy": "steps", "eval_steps": 3}, plan={}, oom="evaluate")
     found.add("right_after_save", plan={}, oom="forward", at=5)
@@ -169,6 +170,11 @@ def test_a_changed_micro_batch_trains_as_if_the_arguments_had_said_so(ran: Scena
     assert (begin["micro_batch_size"], begin["gradient_accumulation_steps"]) == (2, 2)
     assert ran.result("told")["losses"] == ran.result("plain")["losses"]
     assert ran.result("told")["seen"] == ran.result("plain")["seen"]
+
+
+def test_apply_changes_arguments_before_a_trainer_is_made(ran: Scenarios) -> None:
+    assert (ran.result("told")["applied"], ran.result("plain")["applied"]) == (2, 2)
+    assert ran.result("smaller_still")["applied"] == 1
 
 
 def test_what_the_plan_says_and_the_trainer_does_not_do_is_told(ran: Scenarios) -> None:
@@ -229,6 +235,12 @@ def test_out_of_memory_in_the_optimizer_saves_nothing(ran: Scenarios) -> None:
     died = ran.events("optimizer", "died")[0]
     assert (died["part"], died["step"], died["saved"], died["oom"]) == ("optimizer", 7, None, True)
     assert ran.checkpoints("optimizer") == ["checkpoint-5"]
+
+
+def test_a_death_while_the_checkpoint_is_loaded_is_told_as_that(ran: Scenarios) -> None:
+    died = ran.events("nothing_to_load", "died")[0]
+    assert (died["phase"], died["step"], died["oom"], died["saved"]) == ("load", None, False, None)
+    assert ran.events("nothing_to_load", "begin") == []
 
 
 def test_out_of_memory_in_evaluation_is_told_as_that_and_saves_the_step(ran: Scenarios) -> None:

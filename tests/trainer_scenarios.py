@@ -67,6 +67,7 @@ class Scenario(TrainerCallback):  # type: ignore[misc]
         self.told = json.loads((folder / "scenario.json").read_text())
         self.step = 0
         self.calls = 0
+        self.applied: int | None = None
         self.seen: dict[int, list[int]] = {}
         self.losses: dict[int, float] = {}
         self.rates: dict[int, float] = {}
@@ -110,7 +111,7 @@ class Scenario(TrainerCallback):  # type: ignore[misc]
             self.rates[state.global_step] = logs["learning_rate"]
 
     def write(self, **facts: Any) -> None:
-        result = {"losses": self.losses, "rates": self.rates, "seen": self.seen, **facts}
+        result = {"losses": self.losses, "rates": self.rates, "seen": self.seen, "applied": self.applied, **facts}
         (self.folder / "result.json").write_text(json.dumps(result))
 
     def run(self) -> None:
@@ -131,6 +132,7 @@ class Scenario(TrainerCallback):  # type: ignore[misc]
             "disable_tqdm": True,
             **told.get("arguments", {}),
         }
+        self.applied = apply(TrainingArguments(**settings)).per_device_train_batch_size
         transformers.set_seed(3)
         model = Model(transformers.LlamaConfig(**MODEL))
         model.scenario = self

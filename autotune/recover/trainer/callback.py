@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from autotune.recover.facts import Phase
 from autotune.recover.trainer.emergency import checkpoint_path
 from autotune.recover.trainer.run import TrainRun
-from autotune.recover.trainer.session import harmless
+from autotune.recover.trainer.session import Session, harmless
 
 
-def make_callback(run: TrainRun) -> Any:
+def make_callback(session: Session, run: TrainRun) -> Any:
     from transformers import TrainerCallback
 
     class AutotuneCallback(TrainerCallback):  # type: ignore[misc]
@@ -17,6 +18,7 @@ def make_callback(run: TrainRun) -> Any:
 
         @harmless
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            session.enter(Phase.TRAIN)
             run.begins(args, state)
 
         @harmless

@@ -6,7 +6,6 @@ import os
 import time
 from typing import Any
 
-from autotune.recover.facts import Phase
 from autotune.recover.trainer import randomness
 from autotune.recover.trainer.events import Events
 from autotune.recover.trainer.longest import longest_sample
@@ -57,7 +56,6 @@ class TrainRun:
     def begins(self, arguments: Any, state: Any) -> None:
         self.step = state.global_step
         if self.writes:
-            self.events.write("phase", phase=Phase.TRAIN.value)
             self.events.write("begin", **self._facts(arguments, state))
         self.peaks.read(now=True)
         self._ended_s, self.paused_s = time.perf_counter(), 0.0

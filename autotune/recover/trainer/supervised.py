@@ -50,10 +50,11 @@ def _prepare(session: Session, trainer: Any, resumed: bool) -> tuple[TrainRun, A
     session.start()
     not_applied = apply_to_trainer(trainer, session.plan.changed)
     run = TrainRun(trainer, session.plan, session.events, resumed=resumed, not_applied=not_applied)
-    callback = make_callback(run)
+    callback = make_callback(session, run)
     trainer.add_callback(callback)
     run.stop.install()
-    session.run, session.phase = run, Phase.TRAIN
+    session.run = run
+    session.enter(Phase.LOAD)  # until training begins: a checkpoint is loaded, the model moved
     return run, callback
 
 
