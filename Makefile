@@ -10,13 +10,17 @@ OLDEST := .venv-457
 # Without this, torch's and bitsandbytes' thread pools can spin against each other on a loaded machine (docs/log.md).
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: fit test check lint gpu-fit gpu-memory gpu-search probe-cost kill-fit clean
+.PHONY: fit test test-trainers check lint gpu-fit gpu-memory gpu-search probe-cost kill-fit clean
 
 fit: $(VENV)/.installed
 	$(BIN)/autotune fit --gpu $(GPU)
 
 test: $(VENV)/.installed-test $(OLDEST)/.installed
 	$(BIN)/python -m pytest
+
+# axolotl and LLaMA-Factory, each in its own environment (4.3 and 2.3 GB): recovered once each.
+test-trainers: $(VENV)/.installed-test .venv-axolotl/.installed .venv-llamafactory/.installed
+	$(BIN)/python -m pytest $(REAL_RUNS)/other_trainers.py
 
 check: lint test
 
@@ -59,6 +63,13 @@ $(OLDEST)/.installed: $(REAL_RUNS)/constraints-457.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $< \
 		torch transformers trl peft datasets accelerate bitsandbytes
+	touch $@
+
+# torchvision and torchaudio of a registry are built for CUDA and break imports under a torch for the CPU.
+.venv-axolotl/.installed .venv-llamafactory/.installed: .venv-%/.installed: $(REAL_RUNS)/constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch $* bitsandbytes
+	.venv-$*/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""The ways in which a user starts one small training: the Trainer in a script, and `trl sft` with a file."""
+"""The ways in which a user starts one small training: a script with the Trainer, and three trainers with a file."""
 
 from __future__ import annotations
 
@@ -45,6 +45,77 @@ disable_tqdm: true
 output_dir: {output}
 """
 
+_AXOLOTL = """\
+base_model: {model}
+load_in_4bit: true
+adapter: qlora
+lora_r: 8
+lora_alpha: 16
+lora_dropout: 0.0
+lora_target_linear: true
+lora_mlp_kernel: false
+lora_qkv_kernel: false
+lora_o_kernel: false
+datasets:
+  - path: {data}/train.jsonl
+    ds_type: json
+    type: completion
+    field: text
+val_set_size: 0
+dataset_prepared_path: {folder}/prepared
+output_dir: {folder}/out
+sequence_len: 1024
+sample_packing: false
+pad_to_sequence_len: false
+micro_batch_size: {micro}     # per GPU
+gradient_accumulation_steps: 1
+num_epochs: 1
+optimizer: adamw_torch
+lr_scheduler: cosine
+learning_rate: 0.001
+bf16: false
+fp16: false
+tf32: false
+gradient_checkpointing: false
+attn_implementation: sdpa
+logging_steps: 1
+save_steps: 4
+dataloader_num_workers: 0
+dataloader_pin_memory: false
+"""
+
+_LLAMAFACTORY = """\
+model_name_or_path: {model}
+quantization_bit: 4
+quantization_method: bnb
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_alpha: 16
+lora_dropout: 0.0
+lora_target: all
+dataset_dir: {folder}
+dataset: letters
+template: empty
+cutoff_len: 1024
+output_dir: {folder}/out
+per_device_train_batch_size: {micro}  # per GPU
+gradient_accumulation_steps: 1
+disable_gradient_checkpointing: true
+learning_rate: 1.0e-3
+lr_scheduler_type: cosine
+num_train_epochs: 1
+optim: adamw_torch
+save_steps: 4
+logging_steps: 1
+preprocessing_num_workers: 1
+dataloader_num_workers: 0
+flash_attn: sdpa
+use_cpu: true
+report_to: none
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -75,7 +146,7 @@ class Step:
 def environment(venv: Path) -> dict[str, str]:
     """As in an activated environment: no hub, one thread."""
     path = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "DO_NOT_TRACK": "1"}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
     return {**os.environ, **quiet, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -107,17 +178,34 @@ def trl_command(place: Place) -> list[str]:
     return ["trl", "sft", "--config", str(file)]
 
 
+def axolotl_command(place: Place) -> list[str]:
+    file = place.folder / "axolotl.yaml"
+    file.write_text(_AXOLOTL.format(model=place.model, data=place.data, micro=MICRO_BATCH, folder=place.folder))
+    return ["axolotl", "train", str(file)]
+
+
+def llamafactory_command(place: Place) -> list[str]:
+    """Its data set in its own words beside its config."""
+    rows = [json.loads(line) for line in (place.data / "train.jsonl").read_text().splitlines()]
+    samples = [{"instruction": "say", "input": "", "output": row["text"]} for row in rows]
+    (place.folder / "letters.json").write_text(json.dumps(samples))
+    (place.folder / "dataset_info.json").write_text(json.dumps({"letters": {"file_name": "letters.json"}}))
+    file = place.folder / "llamafactory.yaml"
+    file.write_text(_LLAMAFACTORY.format(model=place.model, micro=MICRO_BATCH, folder=place.folder))
+    return ["llamafactory-cli", "train", str(file)]
+
+
 def trainer_steps(place: Place) -> dict[int, Step]:
     lines = [json.loads(line) for line in place.steps.read_text().splitlines()]
     return {line["step"]: Step(tuple(line["ids"]), line["learning_rate"], line["loss"]) for line in lines}
 
 
-def trl_steps(place: Place) -> dict[int, Step]:
-    """trl counts tokens from 0 again when it resumes, so each step is told by what it added."""
+def logged_steps(place: Place) -> dict[int, Step]:
+    """From the trainer's own log. trl counts tokens from 0 again when it resumes, so each is told by what it added."""
     lines = [line for line in last_state(place)["log_history"] if "loss" in line]
     steps, before = {}, 0
     for line in lines:
-        so_far = round(line["num_tokens"])
+        so_far = round(line.get("num_tokens", 0))
         tokens, before = so_far - (before if so_far > before else 0), so_far
         steps[line["step"]] = Step((tokens,), line["learning_rate"], line["loss"])
     return steps
