@@ -10,7 +10,7 @@ OLDEST := .venv-457
 # Without this, torch's and bitsandbytes' thread pools can spin against each other on a loaded machine (docs/log.md).
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: fit test test-trainers check lint gpu-fit gpu-memory gpu-search probe-cost kill-fit clean
+.PHONY: fit test test-trainers check lint gpu-fit gpu-memory gpu-search gpu-run probe-cost kill-fit clean
 
 fit: $(VENV)/.installed
 	$(BIN)/autotune fit --gpu $(GPU)
@@ -40,6 +40,10 @@ gpu-memory: $(VENV)/.installed
 # Landscapes of Llama-3-8B's shape, searches replayed on them, fits live, others' settings; the same again goes on.
 gpu-search: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu_search --gpu $(GPU) --output $(RESULTS)
+
+# A run of Llama-3-8B's shape that a late long sample breaks under 12 GiB, undisturbed and recovered; raw JSON.
+gpu-run: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_run --gpu $(GPU) --output $(RESULTS)
 
 probe-cost: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.probe_cost --output $(RESULTS)

@@ -61,13 +61,13 @@ LOSS_BOUNDS = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
 @click.option(
     "--memory-limit", default="12GiB", show_default=True, help="Of the supervised run; on the CPU it is measured."
 )
-@click.option("--short-length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sample.")
-@click.option("--long-length", type=click.IntRange(min=2), default=2048, show_default=True, help="Of one of them.")
+@click.option("--short-length", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens of a sample.")
+@click.option("--long-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Of one of them.")
 @click.option("--steps", type=click.IntRange(min=4), default=32, show_default=True, help="Optimizer steps.")
 @click.option(
     "--long-at-step", type=click.IntRange(min=2), default=20, show_default=True, help="Where the long one is."
 )
-@click.option("--effective-batch-size", type=click.IntRange(min=2), default=8, show_default=True)
+@click.option("--effective-batch-size", type=click.IntRange(min=2), default=16, show_default=True)
 @click.option("--micro-batch-size", type=click.IntRange(min=1), help="To begin with.  [default: predicted]")
 @click.option("--save-steps", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--minutes", type=click.FloatRange(min=0), default=9.0, show_default=True, help="For everything.")

@@ -190,9 +190,9 @@ def test_a_run_that_never_died_recovered_nothing() -> None:
     [
         ([], 4, "no GPU is visible here"),
         (["--gpu", "cpu", "--long-at-step", "40"], 1, "--long-at-step 40 is not among 32 steps"),
-        (["--gpu", "cpu", "--long-length", "512"], 1, "--long-length must be above --short-length 512"),
+        (["--gpu", "cpu", "--long-length", "256"], 1, "--long-length must be above --short-length 256"),
         (["--gpu", "cpu", "--long-length", "9000"], 1, "the model has 8,192 positions"),
-        (["--gpu", "cpu", "--micro-batch-size", "3"], 1, "does not divide the effective batch size 8"),
+        (["--gpu", "cpu", "--micro-batch-size", "3"], 1, "does not divide the effective batch size 16"),
     ],
 )
 def test_bad_input_is_one_line(options: list[str], code: int, said: str) -> None:
