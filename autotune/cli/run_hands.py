@@ -75,7 +75,7 @@ class Hands:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)  # not close(): the row must hear of what went wrong
 
     def seams(self) -> Seams:
         return Seams(

@@ -110,11 +110,13 @@ def _job(number: int) -> int:
 
 
 def _job_failed(number: int, message: str) -> None:
-    from autotune.recover.job import Event, State
+    from autotune.recover.job import ENDED, Event, State
     from autotune.recover.jobs import open_jobs
     from autotune.recover.notify import tell as notify
 
     with open_jobs() as store:
+        if store.job(number).state in ENDED:
+            return  # its row has heard of it, and told
         job = store.finish(number, State.FAILED, exit_code=FAILED, message=message)
         if job.state is State.FAILED:  # another process may have it
             notify(job, Event.FAILED, message, home=store.home).join()

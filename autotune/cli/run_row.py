@@ -56,7 +56,9 @@ class Row:
         with self._tolerant():
             if error is not None and self.store is not None and self.job is not None:
                 message = str(error) or type(error).__name__
-                self.store.finish(self.job.id, State.FAILED, exit_code=125, message=message)
+                code = getattr(error, "exit_code", None)
+                code = code if code in (126, 127) else 125
+                self.store.finish(self.job.id, State.FAILED, exit_code=code, message=message)
                 self._notify(Event.FAILED, message)
         self._stack.close()
 
