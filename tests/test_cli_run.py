@@ -112,6 +112,27 @@ def test_a_bare_run_is_a_row_that_status_shows(tmp_path: Path) -> None:
 
 
 @linux
+def test_a_run_that_cannot_be_started_is_a_failed_row_and_its_hook_hears_of_it(tmp_path: Path) -> None:
+    program, hook = tmp_path / "program", tmp_path / "hook.py"
+    program.write_text("#!/no/such/interpreter\n")
+    program.chmod(0o700)
+    hook.write_text("import os, pathlib; pathlib.Path('told').write_text(os.environ['AUTOTUNE_EVENT'])")
+    done = autotune("--on-failed", shlex.join([sys.executable, str(hook)]), "--", program, cwd=tmp_path)
+    assert done.returncode == 126
+    assert (tmp_path / "told").read_text() == "failed"
+    with open_jobs() as store:
+        assert [(job.state.value, job.exit_code) for job in store.jobs()] == [("failed", 126)]
+
+
+@linux
+def test_a_terminal_that_is_gone_or_a_full_disk_behind_stderr_ends_no_run(tmp_path: Path) -> None:
+    words = [*PROGRAM, "--", sys.executable, "-c", "print('42')"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=full, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, b"42\n")
+
+
+@linux
 def test_the_run_folder_is_private_and_holds_output_and_report(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     script = "print('out'); raise ValueError('no')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 
 import click
@@ -13,8 +14,9 @@ PREFIX = "autotune: "
 
 
 def tell(line: str) -> None:
-    """A line of the supervisor's own."""
-    click.echo(PREFIX + " ".join(line.split()), err=True)
+    """A line of the supervisor's own. A terminal that is gone or a full disk behind it never ends the run."""
+    with contextlib.suppress(OSError):
+        click.echo(PREFIX + " ".join(line.split()), err=True)
 
 
 def attempt_lines(number: int, launch: Launch, resume: Checkpoint | None, settings: Settings) -> list[str]:
