@@ -10,6 +10,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("train_trainer.py")
+SEEDED = Path(__file__).with_name("seeded")
 LONG = {49: 511, 81: 510}  # tokens of rows that the order of seed 42 brings in steps 10 and 12 of twelve
 MICRO_BATCH = 8
 
@@ -144,10 +145,18 @@ class Step:
 
 
 def environment(venv: Path) -> dict[str, str]:
-    """As in an activated environment: no hub, one thread."""
+    """As in an activated environment: no hub, one thread, and what trl draws always the same."""
+    python_path = os.pathsep.join(filter(None, [str(SEEDED), os.environ.get("PYTHONPATH")]))
     path = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
-    return {**os.environ, **quiet, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        **quiet,
+        "PATH": path,
+        "PYTHONPATH": python_path,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def trainer_command(place: Place) -> list[str]:
@@ -170,6 +179,13 @@ def trainer_command(place: Place) -> list[str]:
         "disable_tqdm": True,
     }
     return ["python", str(SCRIPT), *(word for name, value in named.items() for word in (f"--{name}", str(value)))]
+
+
+def torchrun_command(place: Place) -> list[str]:
+    """Two ranks with half of the samples each; one of them meets a long one."""
+    _, *words = trainer_command(place)
+    half = [str(MICRO_BATCH // 2) if word == str(MICRO_BATCH) else word for word in words]
+    return ["torchrun", "--nproc_per_node", "2", "--master_port", "0", *half, "--ddp_backend", "gloo"]
 
 
 def trl_command(place: Place) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -84,8 +85,12 @@ def supervised(form: Form, place: Place, limit_bytes: int) -> subprocess.Complet
     return subprocess.run(command, env=environ, cwd=place.folder, capture_output=True, text=True, timeout=800)
 
 
-def begins(place: Place) -> list[dict[str, int]]:
-    """What the trainer itself said of each attempt's config."""
+def begins(place: Place) -> list[dict[str, Any]]:
+    """What the trainer itself said of each attempt's config; of two ranks both."""
+    return [event for event in events(place) if event["event"] == "begin"]
+
+
+def events(place: Place) -> list[dict[str, Any]]:
+    """What the trainer said, attempt by attempt."""
     files = sorted((place.folder / "run").glob("attempt-*/events.jsonl"), key=lambda file: int(file.parent.name[8:]))
-    events = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    return [event for event in events if event["event"] == "begin"]
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
