@@ -91,6 +91,23 @@ def test_a_bug_is_not_tried_again(tmp_path: Path) -> None:
 
 
 @linux
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["none.py"], "can't open file"),
+        (["-m", "no_such_module"], "No module named"),
+        (["-c", "import argparse; argparse.ArgumentParser().parse_args()", "--x"], "unrecognized arguments: --x"),
+    ],
+)
+def test_a_wrong_command_line_is_not_tried_again(tmp_path: Path, words: list[str], said: str) -> None:
+    done = autotune("--", sys.executable, *words, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("\nautotune: It was no lack of memory at its start: it said: ") == 1
+    assert "attempt 2" not in done.stderr
+    assert said in done.stderr
+
+
+@linux
 def test_what_is_unclear_is_tried_once_more(tmp_path: Path) -> None:
     script = "open('tries', 'a').write('x'); raise SystemExit(3)"
     done = autotune("--", sys.executable, "-c", script, cwd=tmp_path)

@@ -49,6 +49,22 @@ def test_quoted_messages_meet_the_bars() -> None:
     assert right["ambiguous"] >= 0.85
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "usage: train.py [-h]\ntrain.py: error: unrecognized arguments: --nope 4",
+        "usage: train.py [-h]\ntrain.py: error: the following arguments are required: --model",
+        "train.py: error: argument --steps: invalid int value: 'x'",
+        "Usage: train [OPTIONS]\nTry 'train --help' for help.\n\nError: No such option: --nope",
+        "python: can't open file '/data/train.py': [Errno 2] No such file or directory",
+        "/usr/bin/python3.11: No module named trainer.main",
+    ],
+)
+def test_a_command_that_never_began_is_no_lack_of_memory(text: str) -> None:
+    assert classify_text(text).verdict is Verdict.NOT_OOM
+    assert classify_text(f"{text}\n{TRACE}{OOM}").verdict is Verdict.DEVICE_OOM
+
+
 #: A SIGKILL whose thread later found the reason; the same words stand in an ambiguous row, so text cannot tell.
 KILLED_FOR_MEMORY = "ERROR:torch.distributed.elastic.multiprocessing.api:failed (exitcode: -9) local_rank: 1"
 

@@ -417,6 +417,19 @@ RULES: tuple[Rule, ...] = (
         r"|cufft|curand|hipblas|an internal|\W)\w"
         r"|(?:malloc|free|realloc)\(\): [a-z]|double free or corruption|corrupted size vs|bad_array_new_length",
     ),
+    # --- A command that never began.
+    _rule(
+        Kind.ERROR,
+        "the command line was refused",  # argparse's words, then click's
+        r"^[^\s:][^:\n]{0,200}: error: (?:unrecognized arguments|the following arguments are required|ambiguous option"
+        r"|argument [^\n]{1,200}: (?:invalid|expected|not allowed|ignored|ambiguous))[^\n]*"
+        r"|^error: (?:no such option|got unexpected extra argument|missing (?:option|argument)|invalid value for)",
+    ),
+    _rule(
+        Kind.ERROR,
+        "there is no such script or module",
+        r"^[^\s:]{0,200}python[\d.]*: (?:can't open file|can't find '__main__'|no module named)[^\n]*",
+    ),
     # --- Ends that another error caused, and wrappers around one.
     _rule(
         Kind.TALK,
