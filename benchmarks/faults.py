@@ -194,6 +194,12 @@ def markdown(outcomes: Sequence[Outcome], seed: int, day: str) -> str:
     return "\n".join(lines)
 
 
+def new_path(folder: Path, benchmark: str, day: str) -> Path:
+    """A new file of this benchmark and day: earlier runs of the day are kept."""
+    names = [f"{benchmark}-{day}.json", *(f"{benchmark}-{day}-{number}.json" for number in range(2, 1000))]
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
 @contextmanager
 def working_folder(given: Path | None) -> Iterator[Path]:
     if given is not None:
@@ -235,11 +241,10 @@ def command(
     click.echo(plain_table([list(_HEADER), *rows(outcomes)]))
     if output and kept:
         day = began.date().isoformat()
-        write_record(
-            output / f"faults-{day}.json",
-            shareable(record(outcomes, wanted, seed, (datetime.now(UTC) - began).total_seconds()), private_roots()),
-        )
-        (output / f"faults-{day}.md").write_text(markdown(outcomes, seed, day), encoding="utf-8")
+        path = new_path(output, "faults", day)
+        found = record(outcomes, wanted, seed, (datetime.now(UTC) - began).total_seconds())
+        write_record(path, shareable(found, private_roots(folder)))
+        path.with_suffix(".md").write_text(markdown(outcomes, seed, day), encoding="utf-8")
         kept.unlink()
     if check and not all(outcome.good for outcome in outcomes):
         sys.exit(1)

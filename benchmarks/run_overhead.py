@@ -27,10 +27,11 @@ from autotune.recover.daemon_file import read_daemon
 from autotune.recover.job import NewJob
 from autotune.recover.jobs import open_jobs
 from benchmarks.fault_run import AUTOTUNE, ROOT
-from benchmarks.faults import versions
+from benchmarks.faults import new_path, versions
 from benchmarks.records import one_line_errors, private_roots, shareable, usable_cores, write_record
 
 SCHEMA = "autotune.run_overhead/1"
+GATE_VARIABLE = "AUTOTUNE_BENCHMARK_GATE"  # set: the hook is heard at every second step
 WARM_UP = 3  # steps left out at the start of each run
 OVERHEAD_BAR = 0.005  # of a step's time
 IDLE_RSS_BAR, IDLE_CPU_BAR = 40 << 20, 0.002  # bytes; of a core
@@ -55,8 +56,49 @@ class Idle:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Alternating:
+    """One supervised run whose hook is heard at every second step."""
+
+    hooked: tuple[bool, ...]
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+    inside: tuple[float, ...]  # within the hook's callback, of the steps at which it is heard
+
+
+def alternate(folder: Path, steps: int) -> Alternating:
+    """Raises `ProbeFailed`."""
+    times = measured(folder, steps, supervised=True, gated=True)
+    inside = tuple(one for one, hooked in zip(times["inside"], times["hooked"], strict=True) if hooked)
+    return Alternating(tuple(times["hooked"]), tuple(times["wall"]), tuple(times["cpu"]), inside)
+
+
+def paired_steps(run: Alternating, clock: str) -> dict[str, float]:
+    """How much longer a step with the hook takes than the one beside it: the median of pairs, and its standard error.
+
+    Each hooked step is set against the mean of its two neighbours, so that a slow drift of the machine cancels.
+    """
+    times = getattr(run, clock)
+    inner = range(1, len(times) - 1)
+    ratios = [2 * times[at] / (times[at - 1] + times[at + 1]) - 1 for at in inner if run.hooked[at]]
+    quartiles = statistics.quantiles(ratios, n=4)
+    deviation = (quartiles[2] - quartiles[0]) / 1.349  # of a normal distribution with these quartiles
+    return {
+        "median": statistics.median(ratios),
+        "standard_error": 1.253 * deviation / len(ratios) ** 0.5,
+        "pairs": len(ratios),
+        "median_step_s": statistics.median(times),
+    }
+
+
 def train(folder: Path, steps: int, *, supervised: bool) -> Steps:
-    """One run in an empty folder. Raises `ProbeFailed`."""
+    """One run. Raises `ProbeFailed`."""
+    times = measured(folder, steps, supervised=supervised)
+    return Steps(supervised, tuple(times["wall"]), tuple(times["cpu"]))
+
+
+def measured(folder: Path, steps: int, *, supervised: bool, gated: bool = False) -> dict[str, list[Any]]:
+    """What the trainer wrote, the warm-up left out, of one run in an empty folder. Raises `ProbeFailed`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     options = {
@@ -74,12 +116,13 @@ def train(folder: Path, steps: int, *, supervised: bool) -> Steps:
     if supervised:
         command = [str(AUTOTUNE), "run", "--gpu", "cpu", "--run-folder", str(folder / "run"), "--", *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "AUTOTUNE_HOME": str(folder / "home")}
+    environment |= {GATE_VARIABLE: "1"} if gated else {}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no last words"])[-1]
         raise ProbeFailed(f"a {'supervised' if supervised else 'bare'} run failed: {last}")
     times = json.loads((folder / "out" / "times.json").read_text(encoding="utf-8"))
-    return Steps(supervised, tuple(times["wall"][WARM_UP:]), tuple(times["cpu"][WARM_UP:]))
+    return {name: values[WARM_UP:] for name, values in times.items()}
 
 
 def pairs_of_runs(folder: Path, pairs: int, steps: int) -> list[tuple[Steps, Steps]]:
@@ -155,11 +198,20 @@ def autotune(home: Path, *words: str) -> None:
         raise ProbeFailed(f"`autotune {' '.join(words)}` failed: {done.stderr.strip()}")
 
 
-def promises(steps: dict[str, dict[str, float]], idle: Idle, status: Sequence[float]) -> list[tuple[str, bool]]:
+def promises(
+    steps: dict[str, dict[str, float]], run: Alternating, idle: Idle, status: Sequence[float]
+) -> list[tuple[str, bool]]:
     """Each with what was measured, and whether it was held."""
+    beside, inside = paired_steps(run, "cpu"), statistics.median(run.inside) / statistics.median(run.wall)
     wall, cpu = steps["wall"], steps["cpu"]
     spread = f"pairs {100 * wall['lowest_pair']:+.2f} to {100 * wall['highest_pair']:+.2f} %"
+    error = f"standard error {100 * beside['standard_error']:.2f} % of {beside['pairs']} pairs"
     return [
+        (f"the hook's callback is {100 * inside:.3f} % of a step", inside < OVERHEAD_BAR),
+        (
+            f"in one run, a step with the hook takes {100 * beside['median']:+.2f} % more CPU time ({error})",
+            beside["median"] < OVERHEAD_BAR,
+        ),
         (
             f"a step takes {100 * wall['median_of_pairs']:+.2f} % longer by the clock ({spread})",
             wall["median_of_pairs"] < OVERHEAD_BAR,
@@ -174,11 +226,16 @@ def promises(steps: dict[str, dict[str, float]], idle: Idle, status: Sequence[fl
 @click.command()
 @click.option("--pairs", type=click.IntRange(min=1), default=6, show_default=True, help="Of runs, bare and supervised.")
 @click.option("--steps", type=click.IntRange(min=5), default=30, show_default=True, help="Timed in each run.")
+@click.option(
+    "--alternating", type=click.IntRange(min=20), default=200, show_default=True, help="Steps of the run in one."
+)
 @click.option("--idle", "idle_s", default=60.0, show_default=True, help="Seconds to watch an idle daemon.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1000, show_default=True, help="Queued for `status`.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder for the record.")
 @click.option("--check", is_flag=True, help="Exit 1 where a bar was missed.")
-def command(pairs: int, steps: int, idle_s: float, jobs: int, output: Path | None, check: bool) -> None:
+def command(
+    pairs: int, steps: int, alternating: int, idle_s: float, jobs: int, output: Path | None, check: bool
+) -> None:
     """Measure what supervision costs a run's steps, what an idle daemon takes, and how long `status` does.
 
     \b
@@ -188,12 +245,13 @@ def command(pairs: int, steps: int, idle_s: float, jobs: int, output: Path | Non
     now, load = datetime.now(UTC), os.getloadavg()
     with one_line_errors(), tempfile.TemporaryDirectory(prefix="autotune-benchmark-") as folder:
         found = pairs_of_runs(Path(folder), pairs, steps)
+        run = alternate(Path(folder, "alternating"), alternating)
         home = Path(folder, "home")
         home.mkdir(mode=0o700)
         idle = idle_daemon(home, idle_s)
         status = status_times(home, jobs)
     compared = {clock: overhead(found, clock) for clock in ("wall", "cpu")}
-    held = promises(compared, idle, status)
+    held = promises(compared, run, idle, status)
     click.echo("\n".join(f"{'pass' if good else 'FAIL'}  {promise}" for promise, good in held))
     if output:
         output.mkdir(parents=True, exist_ok=True)
@@ -206,11 +264,13 @@ def command(pairs: int, steps: int, idle_s: float, jobs: int, output: Path | Non
             "versions": versions(),
             "promises": [{"promise": promise, "held": good} for promise, good in held],
             "overhead": compared,
-            "runs": [asdict(run) for pair in found for run in pair],
+            "in_one_run": {clock: paired_steps(run, clock) for clock in ("wall", "cpu")},
+            "alternating": asdict(run),
+            "runs": [asdict(one) for pair in found for one in pair],
             "idle_daemon": asdict(idle),
             "status": {"jobs": jobs, "seconds": status},
         }
-        write_record(output / f"run-overhead-{now.date()}.json", shareable(record, private_roots()))
+        write_record(new_path(output, "run-overhead", now.date().isoformat()), shareable(record, private_roots()))
     if check and not all(good for _, good in held):
         sys.exit(1)
 
