@@ -219,7 +219,7 @@ def prove(bench: Bench, source: ModelSource, config: TrainingConfig) -> TrialRec
         config=config,
         device=bench.device.id,
         memory_limit_bytes=bench.limit_bytes,
-        headroom_bytes=default_headroom_bytes(bench.device),
+        headroom_bytes=default_headroom_bytes(bench.device, bench.limit_bytes),
         proof=True,
         optimizer_steps=PROOF_STEPS,
     )

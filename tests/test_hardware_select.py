@@ -151,6 +151,12 @@ def test_headroom_is_2_percent_of_a_card_and_at_least_256_mib(device: Device, he
     assert default_headroom_bytes(device) == headroom
 
 
+def test_headroom_is_of_the_limit_where_a_card_is_treated_as_a_smaller_one() -> None:
+    assert default_headroom_bytes(A100_80, 20 * GIB) == 20 * GIB // 50
+    assert default_headroom_bytes(A100_80, 8 * GIB) == 256 * MIB
+    assert default_headroom_bytes(CPU, GIB) == 0
+
+
 @pytest.mark.parametrize("limit", [64 * MIB, 12 * GIB])
 def test_a_memory_limit_up_to_the_card_is_accepted(limit: int) -> None:
     check_memory_limit(limit, RTX_3060)

@@ -81,7 +81,7 @@ def build_request(options: dict[str, Any], device: Device) -> tuple[FitRequest, 
     if limit is not None:
         check_memory_limit(limit, device)
     stated = _stated_bytes(options, "headroom", smallest=0)
-    headroom = default_headroom_bytes(device) if stated is None else stated
+    headroom = default_headroom_bytes(device, limit) if stated is None else stated
     check_headroom(headroom, limit, device)
     start = start_config(options, model, defaults, device)
     narrowing = narrowing_of(options)

@@ -87,7 +87,7 @@ def _foresight(
         store = stack.enter_context(open_store(None, device))
         trials = store.trials(model_fingerprint=source.fingerprint, latest=LEARNED_FROM)
         request = FitRequest(model=source, start=base, sequence_length_stated=True, memory_limit_bytes=limit_bytes)
-        headroom = default_headroom_bytes(device)
+        headroom = default_headroom_bytes(device, limit_bytes)
         predictor = predictor_of(request, device, headroom, environment, store, python=None, stop=stopped)
     except StoreError as error:
         raise _Unknown(f"the GPU database cannot be read: {error}") from error

@@ -44,9 +44,9 @@ def usable(devices: Sequence[Device]) -> list[Device]:
     return [device for device in devices if device.kind != "cpu" and device.index is not None]
 
 
-def default_headroom_bytes(device: Device) -> int:
-    """What is kept free: on a GPU 2 % of its memory, at least 256 MiB; on the CPU nothing."""
-    return 0 if device.kind == "cpu" else headroom_of_card(device.total_bytes or 0)
+def default_headroom_bytes(device: Device, limit_bytes: int | None = None) -> int:
+    """What is kept free: on a GPU 2 % of the limit (None: its memory), at least 256 MiB; on the CPU nothing."""
+    return 0 if device.kind == "cpu" else headroom_of_card(limit_bytes or device.total_bytes or 0)
 
 
 def headroom_of_card(memory_bytes: int) -> int:
