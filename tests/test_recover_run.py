@@ -89,9 +89,9 @@ class Scene:
             self.asked.append((state.output_dir, state.began_at))
             return self.newest
 
-        def wait(decision: Decision, ended: Ended) -> bool:
+        def wait(decision: Decision, ended: Ended) -> int | None:
             self.waited.append(decision.wait_s)
-            return self.stopped
+            return 2 if self.stopped else None
 
         seams = Seams(
             attempt=lambda launch, number, settings, change, resume: next(ends),
@@ -176,7 +176,7 @@ def test_a_run_that_is_stopped_gives_the_exit_code_of_its_command(ended: Ended, 
 def test_a_stop_asked_for_while_it_waits_ends_the_run_which_may_be_resumed() -> None:
     scene = Scene([OOM], [Decision(action=Action.WAIT, why="others", wait_s=30.0)], stopped=True)
     state = scene.go()
-    assert (scene.waited, state.exit_code, state.attempts) == ([30.0], 1, 1)
+    assert (scene.waited, state.exit_code, state.attempts) == ([30.0], 130, 1)
     assert not state.finished
 
 

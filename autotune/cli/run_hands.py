@@ -225,14 +225,14 @@ class Hands:
         if settings.micro_batch_size is not None:
             prepare_resume(checkpoint, settings.micro_batch_size)
 
-    def wait(self, decision: Decision, ended: Ended) -> bool:
+    def wait(self, decision: Decision, ended: Ended) -> int | None:
         """For the time it names, or until the card has as much free memory as before; at most one look a while."""
         until = time.monotonic() + decision.wait_s
         while time.monotonic() < until and not self.stop.requested:
             if decision.action is Action.WAIT and self._is_free_again(ended):
                 break
             time.sleep(min(_LOOK_S if decision.action is Action.WAIT else 0.2, max(0.0, until - time.monotonic())))
-        return self.stop.requested
+        return self.stop.number if self.stop.requested else None
 
     def _is_free_again(self, ended: Ended) -> bool:
         now: Device | None = self.watch()
@@ -274,7 +274,7 @@ class Hands:
     def ends(self, state: RunState, ended: Ended) -> None:
         self.state = state
         report = self._report() if state.incidents else None
-        line = end_line(state, ended, str(report) if report else None)
+        line = end_line(state, ended, str(report) if report else None, is_job=self.asked.job is not None)
         self.say(line)
         self.row.ends(state, ended, line)
 

@@ -263,7 +263,7 @@ def _place(asked: Asked) -> tuple[Path, RunState, Checkpoint | None]:
                 raise InvalidRequest(
                     f"the run of {folder} has ended (exit code {state.exit_code}): start a new one without --resume"
                 )
-            tell(f"going on with run {state.run_id}, of which {state.attempts} attempts were begun ({folder})")
+            tell(f"going on with run {state.run_id}, in attempt {state.attempts + 1} ({folder})")
             return folder, state, None
     run_id, folder = _new_folder(given, resumed=asked.options["resume"])
     output = asked.settings.output_dir

@@ -7,7 +7,7 @@ import shlex
 
 import click
 
-from autotune.recover.facts import Action, Checkpoint, Ended, Incident, Launch, Settings
+from autotune.recover.facts import Action, Checkpoint, Ended, EndedBy, Incident, Launch, Settings
 from autotune.recover.plan import RunState
 
 PREFIX = "autotune: "
@@ -46,23 +46,39 @@ def batch_words(settings: Settings) -> str:
 
 def incident_lines(incident: Incident) -> list[str]:
     lines = [incident.decision.why]
-    lines += [f"  evidence: {one}" for one in incident.judgement.evidence[:2]]
+    said = [one for one in incident.judgement.evidence if not one.startswith("in phase ")]  # the reason names it
+    lines += [f"  evidence: {one}" for one in said[:2]]
     if incident.decision.action is Action.STOP:
         return lines
     if incident.resumed_from is None:
-        lines.append(f"  no complete checkpoint: all {incident.steps_lost or 0:,} finished steps are done again")
+        if incident.steps_lost:
+            lines.append(f"  no complete checkpoint: {_again(incident)}")
     elif incident.steps_lost:
-        seconds = f", {incident.seconds_lost:,.0f} s of training" if incident.seconds_lost else ""
-        lines.append(f"  {incident.steps_lost:,} steps after the checkpoint are done again{seconds}")
+        lines.append(f"  {_again(incident)}")
     else:
         lines.append("  no step is lost")
     return lines
 
 
-def end_line(state: RunState, ended: Ended, report: str | None) -> str:
+def _again(incident: Incident) -> str:
+    """ "12 steps are done again, 30 s of training"."""
+    steps, seconds = incident.steps_lost or 0, incident.seconds_lost or 0.0
+    what = f"{counted(steps, 'finished step')} {'is' if steps == 1 else 'are'} done again"
+    return f"{what}, {seconds:,.0f} s of training" if seconds >= 1 else what
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def end_line(state: RunState, ended: Ended, report: str | None, *, is_job: bool = False) -> str:
     """How it ended; a plain success without incidents says nothing more than that."""
     step = ended.progress.step
     steps = f" at step {step:,}" if step is not None else ""
+    if ended.ended_by is EndedBy.USER:
+        later = "" if is_job else "; the same command with --resume goes on"
+        return f"stopped{steps} with exit code {state.exit_code}{later}"
     if state.exit_code == 0:
         times = len(state.incidents)
         often = f" after {times} recovered incident{'s' if times > 1 else ''}" if times else ""

@@ -60,7 +60,7 @@ class Seams:
     place: Callable[[int], Path]  # the folder of an attempt, made
     save: Callable[[RunState], None]
     observer: Observer
-    wait: Callable[[Decision, Ended], bool]  # before the next attempt; whether a stop was asked for meanwhile
+    wait: Callable[[Decision, Ended], int | None]  # before the next attempt; the signal that asked for a stop meanwhile
     now: Callable[[], float]
     now_utc: Callable[[], str]
 
@@ -92,8 +92,10 @@ class _Run:
             if decision.action is Action.STOP:
                 return self.finish(ended, exit_code_of(ended))
             self.change(decision)
-            if self.seams.wait(decision, ended):
-                return self.finish(replace(ended, ended_by=EndedBy.USER), exit_code_of(ended))
+            stopped = self.seams.wait(decision, ended)
+            if stopped is not None:
+                ended = replace(ended, ended_by=EndedBy.USER, signal=stopped)
+                return self.finish(ended, exit_code_of(ended))
 
     def attempt(self, resume: Checkpoint | None) -> Ended:
         change = self.state.changed or {}

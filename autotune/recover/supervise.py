@@ -90,7 +90,7 @@ class _Attempt:
     def run(self, argv: tuple[str, ...], cwd: Path, environ: Mapping[str, str]) -> Ended:
         self.output.begin()
         if self.stop.requested:
-            return Ended(exit_code=None, ended_by=EndedBy.USER)
+            return Ended(exit_code=None, signal=self.stop.number, ended_by=EndedBy.USER)
         before = self.card.read()
         self.argv, self.environ = argv, environ
         self.started = start(argv, place=self.place, cwd=cwd, environ=environ, limits=self.limits)
