@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +16,16 @@ class Text(click.types.StringParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not str(value).strip():
             self.fail("it is empty; give a value, or leave the option out", param, ctx)
+        if value == "--":
+            self.fail("its value is missing before --", param, ctx)
         return str(value)
+
+
+class File(click.types.Path):
+    """A path; `--` is no path that was meant, but the mark behind an option that has none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return Path(Text().convert(value, param, ctx))
 
 
 class Whole(click.types.IntParamType):

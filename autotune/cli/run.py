@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from autotune.cli.parameters import File
 from autotune.cli.run_options import run_options
 
 
@@ -16,7 +16,7 @@ from autotune.cli.run_options import run_options
 )
 @run_options
 @click.option("--resume", is_flag=True, help="Go on with the newest run of this command that was interrupted here.")
-@click.option("--run-folder", type=click.Path(path_type=Path), help="Where logs and plans go.  [default: a new one]")
+@click.option("--run-folder", type=File(), help="Where logs and plans go.  [default: a new one]")
 @click.option("--dry-run", "-n", is_flag=True, help="Say what would run now and after an out-of-memory; run nothing.")
 @click.option("--job", type=int, hidden=True, help="Of the daemon: run this job of its queue.")
 @click.argument("words", metavar="COMMAND...", nargs=-1, type=click.UNPROCESSED)
