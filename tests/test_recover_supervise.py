@@ -77,6 +77,15 @@ def test_a_missing_interpreter_is_named_as_such(attempt: Attempt) -> None:
     assert caught.value.exit_code == 126
 
 
+def test_a_script_without_a_first_line_is_named_as_such(attempt: Attempt) -> None:
+    script = attempt.folder / "train"
+    script.write_text("echo hi\n")
+    script.chmod(0o755)
+    with pytest.raises(AutotuneError, match="add one such as #!/bin/sh") as caught:
+        attempt.run((str(script),))
+    assert caught.value.exit_code == 126
+
+
 def test_a_missing_working_folder_is_our_failure(attempt: Attempt) -> None:
     attempt.cwd = attempt.folder / "gone"
     with pytest.raises(AutotuneError, match=r"could not be started in .*gone") as caught:

@@ -108,6 +108,11 @@ def cannot_start(command: str, number: int, environ: Mapping[str, str]) -> Autot
         return CommandNotExecutable(f"{found} names an interpreter in its first line that is not there: mend that line")
     if number in (errno.ENOENT, errno.ENOTDIR):
         return CommandNotFound(f"{command}: command not found; give its path, or the program that runs it after --")
+    if number == errno.ENOEXEC:
+        return CommandNotExecutable(
+            f"{command} has no first line that names its interpreter: add one such as #!/bin/sh, or put it in front"
+            f" (sh {command})"
+        )
     reason = os.strerror(number)
     return CommandNotExecutable(
         f"{command} cannot be executed ({reason}): start it with its interpreter, or chmod +x it"

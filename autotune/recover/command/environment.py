@@ -25,11 +25,16 @@ def check_program(word: str, *, cwd: Path, environ: Mapping[str, str]) -> Path:
         )
     path = cwd / word
     if os.sep in word and path.exists():
-        what = "a folder" if path.is_dir() else "not executable"
-        raise CommandNotFound(
-            f"{word} is {what}: name a program, or put its interpreter in front (python {word})",
-            exit_code=NOT_EXECUTABLE,
+        what = (
+            "a folder: name the program in it"
+            if path.is_dir()
+            else f"not executable: name a program, or put its interpreter in front (python {word})"
         )
+        raise CommandNotFound(f"{word} is {what}", exit_code=NOT_EXECUTABLE)
+    if ASSIGNMENT.match(word):
+        raise CommandNotFound(f"{word[:60]!r} sets a variable, and is no program: put env in front (env {word[:60]} …)")
+    if word.startswith("-"):
+        raise CommandNotFound(f"{word[:60]!r} is no program: the options of autotune go before --")
     raise CommandNotFound(f"there is no program {word!r}: correct its name, or activate the environment that has it")
 
 

@@ -50,8 +50,7 @@ def _text(name: str, values: Mapping[str, Any], option: str) -> str:
         if name == RESUME:
             return ""
         raise InvalidRequest(
-            f"{{{name}}} in the command has no value to start with: give --{name.replace('_', '-')}, or --plan with a"
-            " fit file, or write the value"
+            f"{{{name}}} in the command has no value to start with: give --plan with a fit file, or write the value"
         )
     if name == "gradient_checkpointing" and _CHECKPOINTING.fullmatch(option):
         return str(value != "off")  # the option itself takes true or false
