@@ -136,6 +136,9 @@ def test_the_cards_that_the_shell_shows_are_a_wish(shell: Shell, shown: str | No
         (["submit", "--nonsense", "--", "true"], "No such option", 2),
         (["submit", "--on-failed", "mail 'me", "--", "true"], "--on-failed cannot be read as a command", 1),
         (["submit", "--plan", "no.yaml", "--", "true"], "--plan no.yaml is no file here", 1),
+        (["submit", "--plan", __file__, "--fit", "--", "true"], "--plan and --fit", 2),
+        (["submit", "--memory-limit", "much", "--", "true"], "--memory-limit", 2),
+        (["submit", "--name", "--", "true"], "its value is missing before --", 2),
         (["submit", "--", "train", "--hub_token", "x"], "carries a secret (near --hub_token)", 1),
         (["submit", "--notify", "nonsense://x", "--", "true"], "--notify", 1),
         (["cancel", "7"], "there is no job 7", 1),
@@ -405,7 +408,7 @@ def test_stop_with_jobs_interrupts_them_for_the_next_daemon(shell: Shell) -> Non
         assert supervisor is not None
         store.attach(job.id, supervisor)
         done = shell.run("stop", "--jobs")
-        assert done.stdout == "1 running jobs were interrupted; the next daemon resumes them.\n"
+        assert done.stdout == "Interrupted, to be resumed by the next daemon: job 1.\n"
         assert [one.id for one in store.waiting()] == [job.id]
     assert child.wait(LIMIT_S) == -signal.SIGTERM
 

@@ -240,6 +240,8 @@ ARGUMENTS = [sys.executable, "train.py", "--per_device_train_batch_size", "8", "
         (["--memory-limit", "1KiB"], ARGUMENTS, 125, "memory"),
         (["--memory-limit", "much"], ARGUMENTS, 2, "--memory-limit"),
         (["--resume"], ARGUMENTS, 125, "--resume"),
+        (["--run-folder"], ARGUMENTS, 2, "--run-folder': its value is missing before --"),
+        (["--model"], ARGUMENTS, 2, "--model': its value is missing before --"),
         (["--run-folder", "full"], ARGUMENTS, 125, "is not empty"),
         (["--run-folder", "notes.txt"], ARGUMENTS, 125, "--run-folder"),
         (["--restarts", "-1"], ARGUMENTS, 2, "restarts"),

@@ -104,9 +104,14 @@ def stop(*, jobs: bool) -> Iterator[str]:
         live = [job for job in store.jobs(states=LIVE) if job.kind == "job"]
         if jobs:
             _interrupt(store, live)
-            yield f"{len(live)} running jobs were interrupted; the next daemon resumes them."
+            left = [job for job in live if store.job(job.id).state is State.INTERRUPTED]
+            yield f"Interrupted, to be resumed by the next daemon: {_names(left)}."
         elif live:
-            yield f"{len(live)} jobs go on under their supervisors; --jobs would have interrupted them."
+            yield f"Going on without it: {_names(live)}; --jobs would have interrupted them."
+
+
+def _names(jobs: list[Job]) -> str:
+    return ", ".join(job.label for job in jobs) or "no job"
 
 
 def _interrupt(store: JobStore, live: list[Job]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autotune.cli.daemon_process import this_home
+from autotune.cli.run_text import counted
 from autotune.recover.daemon_file import read_daemon
 from autotune.recover.job import ENDED, LIVE, QUEUED, State
 from autotune.recover.jobs import open_jobs, utc_now
@@ -130,7 +131,7 @@ def duration_text(seconds: float | None) -> str:
 def incident_line(incident: dict[str, Any]) -> str:
     """ "2026-01-01T00:00:00 job 3: device_oom in train at step 120 → step_down (…); 20 steps done again"."""
     where = f" at step {incident['step']}" if incident["step"] is not None else ""
-    lost = f"; {incident['steps_lost']} steps done again" if incident["steps_lost"] else ""
+    lost = f"; {counted(incident['steps_lost'], 'step')} done again" if incident["steps_lost"] else ""
     return (
         f"{incident['time_utc'][:19]} job {incident['job']}: {incident['verdict']} in {incident['phase']}{where}"
         f" → {incident['action']} ({incident['why']}){lost}"

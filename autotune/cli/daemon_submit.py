@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from autotune.cli.daemon_process import running_daemon
+from autotune.cli.run_options import parse_limit
 from autotune.errors import InvalidRequest, UsageError
 from autotune.recover.job import Event, Job, NewJob
 from autotune.recover.jobs import open_jobs
@@ -35,6 +36,10 @@ def submit(
         raise UsageError("there is no command: give it after --, as in `autotune daemon submit -- python train.py`")
     if (plan := options.get("plan")) is not None and not Path(cwd, plan).is_file():
         raise InvalidRequest(f"--plan {plan} is no file here: give a fit file of `autotune fit --output`")
+    if plan is not None and options["fit"]:
+        raise UsageError("--plan and --fit: the plan is a fit already; give one of them")
+    if options["memory_limit"]:
+        parse_limit(options["memory_limit"])
     if options["notify"]:
         check_url(options["notify"])
     gpu, notes = _gpu(options["gpu"], environ)

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autotune.cli.run_options import parse_limit
 from autotune.cli.run_text import command_line, tell
 from autotune.errors import AutotuneError, InvalidRequest, UsageError
 from autotune.hardware.readers import read_machine
 from autotune.hardware.select import check_memory_limit, select_device
-from autotune.hardware.sizes import InvalidSize, parse_bytes
 from autotune.recover.checkpoints import newest_complete, present
 from autotune.recover.command import TrainingCommand, read_command
 from autotune.recover.facts import Checkpoint, Settings
@@ -175,10 +175,7 @@ def _device(wanted: str) -> Device:
 def _limit(stated: str | None, device: Device) -> int | None:
     if stated is None:
         return None
-    try:
-        limit = parse_bytes(stated)
-    except InvalidSize as error:
-        raise InvalidSize(f"--memory-limit: {error}") from error
+    limit = parse_limit(stated)
     check_memory_limit(limit, device)
     return limit
 

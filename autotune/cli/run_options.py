@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from autotune.cli.parameters import Duration, Number, Text, Whole
+from autotune.cli.parameters import Duration, File, Number, Text, Whole
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,7 +29,7 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--plan",
-        type=click.Path(path_type=Path),
+        type=File(),
         help="A fit file: start with its config.  [default: the command's own]",
     ),
     click.option(
@@ -66,6 +65,16 @@ RUN_OPTIONS = [
     click.option("--on-recovered", type=TEXT, help="A command to run after each recovery; no shell."),
     click.option("--on-failed", type=TEXT, help="A command to run when it is given up; no shell."),
 ]
+
+
+def parse_limit(stated: str) -> int:
+    """Bytes of --memory-limit. Raises `InvalidSize`."""
+    from autotune.hardware.sizes import InvalidSize, parse_bytes
+
+    try:
+        return parse_bytes(stated)
+    except InvalidSize as error:
+        raise InvalidSize(f"--memory-limit: {error}") from error
 
 
 def run_options(function: F) -> F:
