@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -68,6 +69,8 @@ class Row:
                 raise InvalidRequest(f"job {self.asked.job} is not this process's to run: it was taken or cancelled")
             store.update(self.asked.job, state=State.RUNNING, run_folder=str(self.folder))
             return store.job(self.asked.job)
+        if (job := self._taken_up(store)) is not None:
+            return job
         new = NewJob(
             command=self.asked.words,
             cwd=str(self.asked.cwd),
@@ -77,6 +80,17 @@ class Row:
         job = store.register(new)
         store.update(job.id, run_folder=str(self.folder), device=self.asked.device.id)
         return store.job(job.id)
+
+    def _taken_up(self, store: JobStore) -> Job | None:
+        """The row of this run, where a killed supervisor left one; its hooks are those of now."""
+        for job in store.jobs(states=(*LIVE, State.INTERRUPTED)):
+            if job.kind != "run" or job.run_folder != str(self.folder):
+                continue
+            if job.state in LIVE:
+                store.interrupt(job.id, "its supervisor died", seen=job)
+            if store.claim(job.id, self.asked.device.id) and store.attach(job.id, own_process_id()):
+                return replace(store.job(job.id), hooks=self._hooks)
+        return None
 
     def begins(self, number: int) -> None:
         self._update(state=State.RUNNING, attempts=number, message="running")
@@ -118,12 +132,12 @@ class Row:
         with self._tolerant():
             now = self.store.job(self.job.id)
             stopped = ended.ended_by is EndedBy.USER
-            if now.state is State.CANCELLING or (stopped and self.asked.job is None):
+            well = state.exit_code == 0 and not stopped
+            if not well and (now.state is State.CANCELLING or (stopped and self.asked.job is None)):
                 self.store.finish(self.job.id, State.CANCELLED, exit_code=state.exit_code, message=line)
             elif stopped:  # the daemon or the machine stops: it goes on when they are back
                 self.store.interrupt(self.job.id, line)
             else:
-                well = state.exit_code == 0
                 end = State.FINISHED if well else State.FAILED
                 self.store.finish(self.job.id, end, exit_code=state.exit_code, message=line)
                 self._notify(Event.FINISHED if well else Event.FAILED, line)
