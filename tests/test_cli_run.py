@@ -187,6 +187,15 @@ def test_one_signal_is_forwarded_and_the_run_can_be_resumed(tmp_path: Path) -> N
     assert json.loads(state.read_text())["finished"] is False
 
 
+@linux
+def test_a_run_that_ended_well_is_no_failure_where_its_folder_cannot_be_written_by_then(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    script = f"import os; os.rename({str(folder)!r}, {str(folder)!r} + '-gone')"
+    done = autotune("--run-folder", folder, "--", sys.executable, "-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "run.json cannot be written" in done.stderr
+
+
 # What it says before it runs anything
 
 

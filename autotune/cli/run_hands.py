@@ -244,7 +244,12 @@ class Hands:
 
     def save(self, state: RunState) -> None:
         self.state = replace(state, leftovers=state.leftovers if self.leftovers is None else self.leftovers)
-        write_state(self.folder, self.state)
+        try:
+            write_state(self.folder, self.state)
+        except StoreError as error:
+            if state.exit_code is None:
+                raise
+            self.say(str(error))  # it has ended: its exit code is still the command's
 
     def record(self, ended: Ended, judgement: Judgement, settings: Settings) -> None:
         try:

@@ -100,7 +100,7 @@ class _Run:
     def attempt(self, resume: Checkpoint | None) -> Ended:
         change = self.state.changed or {}
         began = self.seams.now() if self.state.began_at is None else self.state.began_at
-        self.state = replace(self.state, attempts=self.state.attempts + 1, began_at=began)
+        self.state = replace(self.state, attempts=self.state.attempts + 1, began_at=began, exit_code=None)
         self.seams.save(self.state)
         if resume is not None:
             self.seams.prepare(resume, self.settings)
