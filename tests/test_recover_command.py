@@ -634,9 +634,7 @@ def test_a_word_that_is_only_a_checkpoint_becomes_empty_without_one(read: Read, 
 
 
 def test_a_placeholder_without_a_value_says_what_to_give(read: Read) -> None:
-    with pytest.raises(
-        InvalidRequest, match=r"\{sequence_length\} in the command .* give --sequence-length, or --plan"
-    ):
+    with pytest.raises(InvalidRequest, match=r"\{sequence_length\} in the command .* give --plan with a fit file"):
         read("mytrain {sequence_length}")
 
 
@@ -720,6 +718,26 @@ def test_only_what_changes_is_shown(read: Read, tmp_path: Path) -> None:
         "--resume_from_checkpoint o/c-1 (added)",
     )
     assert launched(command, {}, tmp_path) == Launch(argv=command.argv, environ={})
+
+
+@pytest.mark.parametrize(
+    ("words", "there"),
+    [
+        ("python t.py --per_device_train_batch_size 8", True),
+        ("python -u -W error t.py --per_device_train_batch_size 8 -I", True),
+        ("python -Xdev -m t -E --per_device_train_batch_size 8", True),
+        ("python -I t.py --per_device_train_batch_size 8", False),
+        ("python -u -X dev -sE -m t --per_device_train_batch_size 8", False),
+        ("env A=1 python -S t.py --per_device_train_batch_size 8", False),
+    ],
+)
+def test_an_interpreter_that_ignores_its_path_leaves_the_hook_out(read: Read, words: str, there: bool) -> None:
+    assert ("hook" in read(words, hooked=True).carriers) is there
+
+
+def test_with_no_other_way_the_interpreters_option_is_named(read: Read) -> None:
+    with pytest.raises(InvalidRequest, match="-I, -E or -S leaves the hook out"):
+        read("python -I t.py", hooked=True)
 
 
 # Bad input

@@ -19,7 +19,7 @@ from autotune.recover.command.options import Style, scan
 from autotune.recover.command.placeholders import fill, names_in
 from autotune.recover.command.reading import Reading, read_words
 from autotune.recover.command.script import Script, read_script
-from autotune.recover.command.words import Parts, options_before, split
+from autotune.recover.command.words import Parts, is_isolated, options_before, split
 from autotune.recover.facts import Settings
 
 #: Keys of which a trainer's config file has one; a DeepSpeed file, say, has none.
@@ -48,10 +48,12 @@ def read_command(
     style = _style(words, parts, script, file, dialect)
     reading = read_words(words, environ, dialect, file, style)
     settings = dialect.settings(reading.raw) if dialect else Settings()
-    carriers = _carriers(reading, dialect, placeholders, script, hooked)
+    isolated = is_isolated(words, parts)
+    carriers = _carriers(reading, dialect, placeholders, script, hooked and not isolated)
     if not carriers:
         name = parts.script or parts.module or words[parts.program]
-        raise InvalidRequest(f"{name[:80]}: {ways()}")
+        why = " (its interpreter's -I, -E or -S leaves the hook out)" if hooked and isolated else ""
+        raise InvalidRequest(f"{name[:80]}{why}: {ways()}")
     return TrainingCommand(
         argv=tuple(argv),
         carriers=carriers,

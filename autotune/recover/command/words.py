@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")  # before a program, of `env`
 _PYTHON = re.compile(r"(python|pypy)[\d.]*w?")
+_FLAGS = re.compile(r"-(?=.)([^cmWX-]*)([cmWX]?)(.*)", re.DOTALL)  # of an interpreter: switches, then one with a value
 _SHELLS = ("sh", "bash", "zsh", "dash", "fish", "ksh")
 _LAUNCHERS = {"torchrun": "torch", "deepspeed": "deepspeed", "accelerate-launch": "accelerate"}
 _LAUNCHER_MODULES = {
@@ -64,6 +65,20 @@ def split(words: Sequence[str], environ: Mapping[str, str]) -> Parts:
     end = words.index("--", found.begin) if "--" in words[found.begin :] else len(words)
     found = replace(found, end=end)
     return found if found.world_size is not None else replace(found, world_size=_world(words, found, environ))
+
+
+def is_isolated(words: Sequence[str], parts: Parts) -> bool:
+    """Whether its interpreter ignores PYTHONPATH or sites, as `python -I`, `-E` and `-S` do: no hook, then."""
+    if not _PYTHON.fullmatch(_base(words[parts.program])):
+        return False
+    at = parts.program + 1
+    while at < len(words) and (match := _FLAGS.fullmatch(words[at])):
+        if set(match[1]) & set("IES"):
+            return True
+        if match[2] in ("c", "m"):
+            return False
+        at += 2 if match[2] and not match[3] else 1  # -W and -X take the next word, where none is joined
+    return False
 
 
 def options_before(words: Sequence[str], begin: int, end: int) -> dict[str, str]:
