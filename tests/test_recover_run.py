@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from autotune.errors import Interrupted
 from autotune.recover.facts import (
     Action,
     Batch,
@@ -178,6 +179,17 @@ def test_a_stop_asked_for_while_it_waits_ends_the_run_which_may_be_resumed() -> 
     state = scene.go()
     assert (scene.waited, state.exit_code, state.attempts) == ([30.0], 130, 1)
     assert not state.finished
+
+
+def test_a_stop_asked_for_while_a_config_is_chosen_ends_the_run_which_may_be_resumed() -> None:
+    class Choosing(Scene):
+        def decide(self, *asked: Any) -> Decision:
+            stopped = Interrupted("interrupted")
+            stopped.exit_code = 143
+            raise stopped
+
+    state = Choosing([OOM], []).go()
+    assert (state.exit_code, state.finished, state.incidents) == (143, False, ())
 
 
 def test_a_run_that_the_user_stopped_is_not_finished() -> None:

@@ -168,7 +168,11 @@ class Hands:
             workers=settings.dataloader_workers,
             offloads=settings.gradient_checkpointing == "offload",
         )
-        return decide(ended, judgement, history, self.policy, options, now=datetime.now(UTC))
+        try:
+            return decide(ended, judgement, history, self.policy, options, now=datetime.now(UTC))
+        except Interrupted as stopped:  # while a config was chosen
+            stopped.exit_code = 128 + self.stop.number
+            raise
 
     def smaller(
         self, ended: Ended, judgement: Judgement, history: Sequence[Incident], settings: Settings
@@ -262,7 +266,9 @@ class Hands:
                 run_id=self.run_id,
                 stopped=lambda: self.stop.requested,
             )
-        except (StoreError, Interrupted) as error:
+        except Interrupted:
+            self.say("what was measured is not kept: it was stopped")
+        except StoreError as error:
             self.say(f"what was measured is not kept: {error}")
 
     def attempt_starts(self, number: int, launch: Launch, resume: Checkpoint | None, settings: Settings) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from autotune.errors import Interrupted
 from autotune.recover.facts import (
     Action,
     Change,
@@ -53,7 +54,7 @@ class Seams:
 
     attempt: Callable[[Launch, int, Settings, Change, Checkpoint | None], Ended]
     judge: Callable[[Ended], Judgement]
-    decide: Decide
+    decide: Decide  # raises Interrupted, with an exit code, where a stop was asked for meanwhile
     newest: Callable[[RunState], Checkpoint | None]  # complete, and of this run
     prepare: Callable[[Checkpoint, Settings], None]
     record: Callable[[Ended, Judgement, Settings], None]
@@ -86,7 +87,10 @@ class _Run:
             self.seams.record(ended, judgement, self.settings)
             if is_well_ended(ended, judgement):
                 return self.finish(ended, 0)
-            decision = self.seams.decide(ended, judgement, self.state.incidents, self.settings)
+            try:
+                decision = self.seams.decide(ended, judgement, self.state.incidents, self.settings)
+            except Interrupted as error:
+                return self.finish(replace(ended, ended_by=EndedBy.USER), error.exit_code)
             resume = None if decision.action is Action.STOP else self.seams.newest(self.state)
             self.note(ended, judgement, decision, resume)
             if decision.action is Action.STOP:
