@@ -93,6 +93,16 @@ FIRST_DEATH: list[tuple[Verdict, tuple[Phase, ...], dict[str, Any], Action]] = [
 ]
 
 
+def test_a_death_at_the_start_after_a_change_says_that_the_change_was_ours() -> None:
+    down = Decision(action=Action.STEP_DOWN, why="smaller", change=HALF)
+    before = [incident(end(), judged(Verdict.DEVICE_OOM), down)]
+    found = decided(end(Phase.START, step=None), judged(Verdict.NOT_OOM), before)
+    assert found.action is Action.STOP
+    assert "a change of autotune's (micro batch 2, accumulation 8), which may be the reason" in found.why
+    assert "autotune" not in decided(end(Phase.START, step=None), judged(Verdict.NOT_OOM)).why
+    assert "autotune" not in decided(end(Phase.TRAIN), judged(Verdict.NOT_OOM), before).why
+
+
 @pytest.mark.parametrize(
     ("verdict", "phase", "facts", "action"),
     [(verdict, phase, facts, action) for verdict, phases, facts, action in FIRST_DEATH for phase in phases],

@@ -219,7 +219,14 @@ class _Case:
         return _stop(f"{what}, with no data-loader workers or offloading left to take away: {_no_batch()}.")
 
     def not_oom(self) -> Decision:
-        return _stop(f"It was no lack of memory {self.where}: it {self.what}. {self.judgement.action}")
+        return _stop(f"It was no lack of memory {self.where}: it {self.what}. {self.judgement.action}{self.ours()}")
+
+    def ours(self) -> str:
+        """Of a death at the start: what had just been changed may be what it did not take."""
+        change = self.history[-1].decision.change if self.history else {}
+        if not change or self.ended.phase not in (Phase.START, Phase.LOAD):
+            return ""
+        return f" It had been started with a change of autotune's ({change_in_words(change)}), which may be the reason."
 
     def ambiguous(self) -> Decision:
         if self.was_killed:
