@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,13 @@ from tests.real_runs.forms import (
     REPOSITORY,
     last_state,
     logged_steps,
+    torchrun_command,
     trainer_command,
     trainer_steps,
     trl_command,
 )
 from tests.real_runs.make_data import SAMPLES
-from tests.real_runs.story import Form, a_place, begins, held_in_first_steps, make, supervised, undisturbed
+from tests.real_runs.story import Form, a_place, begins, events, held_in_first_steps, make, supervised, undisturbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -65,3 +68,19 @@ def test_a_run_that_dies_of_a_long_batch_ends_as_if_it_had_not(form: Form, made:
         assert found[step].samples == wanted.samples, step
         assert found[step].learning_rate == pytest.approx(wanted.learning_rate, rel=1e-9), step
         assert found[step].loss == pytest.approx(wanted.loss, rel=1e-3), step
+
+
+def test_a_rank_that_runs_out_of_memory_ends_the_others_within_seconds(made: Path, tmp_path: Path) -> None:
+    form = Form("torchrun", NEWEST, torchrun_command, trainer_steps, 160)
+    whole, broken = a_place(made, tmp_path / "whole"), a_place(made, tmp_path / "broken")
+    with undisturbed(form, whole) as reference:
+        limit = held_in_first_steps(reference, whole) + form.margin_mib * MIB
+    done = supervised(form, broken, limit)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "Out of device memory in training step 10" in done.stderr
+    first, *_ = json.loads((broken.folder / "run" / "run.json").read_text())["incidents"]
+    died = next(event for event in events(broken) if event["event"] == "died")
+    ended = datetime.fromisoformat(first["time_utc"]).timestamp()
+    assert ended - died["time"] < 60  # gloo's own limit is half an hour
+    assert {one["world_size"] for one in begins(broken)} == {2}
+    assert last_state(broken)["global_step"] == STEPS

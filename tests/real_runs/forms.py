@@ -67,6 +67,8 @@ dataset_prepared_path: {folder}/prepared
 output_dir: {folder}/out
 sequence_len: 1024
 sample_packing: false
+seed: 42
+shuffle_merged_datasets: false   # the sampler shuffles
 pad_to_sequence_len: false
 micro_batch_size: {micro}     # per GPU
 gradient_accumulation_steps: 1
@@ -145,7 +147,7 @@ class Step:
 
 
 def environment(venv: Path) -> dict[str, str]:
-    """As in an activated environment: no hub, one thread, and what trl draws always the same."""
+    """As in an activated environment: no hub, one thread, and the same adapter drawn each time."""
     python_path = os.pathsep.join(filter(None, [str(SEEDED), os.environ.get("PYTHONPATH")]))
     path = f"{venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "DO_NOT_TRACK": "1", "AXOLOTL_DO_NOT_TRACK": "1"}
@@ -185,7 +187,7 @@ def torchrun_command(place: Place) -> list[str]:
     """Two ranks with half of the samples each; one of them meets a long one."""
     _, *words = trainer_command(place)
     half = [str(MICRO_BATCH // 2) if word == str(MICRO_BATCH) else word for word in words]
-    return ["torchrun", "--nproc_per_node", "2", "--master_port", "0", *half, "--ddp_backend", "gloo"]
+    return ["torchrun", "--standalone", "--nproc_per_node", "2", *half, "--ddp_backend", "gloo"]
 
 
 def trl_command(place: Place) -> list[str]:

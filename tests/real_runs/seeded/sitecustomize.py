@@ -1,4 +1,4 @@
-"""Seeds torch before trl is there: trl 0.24 draws a new adapter each time (1.16 does not), and no run equals another.
+"""Seeds torch before a trainer is there: trl 0.24 (not 1.16) and axolotl draw another adapter for each run.
 
 A user's environment may have such a file too, and autotune's hook must let it run.
 """
@@ -11,15 +11,17 @@ from importlib.abc import MetaPathFinder
 from typing import Any
 
 
-class SeedsBeforeTrl(MetaPathFinder):
+_MODULES = {"trl.trainer.sft_trainer", "axolotl.loaders.adapter"}
+
+
+class SeedsBeforeTrainer(MetaPathFinder):
     """Finds nothing."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> None:
-        if name == "trl.trainer.sft_trainer":
-            sys.meta_path.remove(self)
+        if name in _MODULES:
             import torch
 
             torch.manual_seed(0)
 
 
-sys.meta_path.insert(0, SeedsBeforeTrl())
+sys.meta_path.insert(0, SeedsBeforeTrainer())
