@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -162,6 +163,27 @@ def test_the_run_folder_is_private_and_holds_output_and_report(tmp_path: Path) -
 
 
 @linux
+def test_a_home_that_a_run_makes_is_private_whatever_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "new" / "home"
+    monkeypatch.setenv("AUTOTUNE_HOME", str(home))
+    before = os.umask(0o002)
+    try:
+        done = autotune("--", sys.executable, "-c", "pass", cwd=tmp_path)
+    finally:
+        os.umask(before)
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert "chmod" not in done.stderr
+
+
+@linux
+def test_a_hook_that_fails_is_said_in_a_line_of_ours(tmp_path: Path) -> None:
+    done = autotune("--on-finished", "no-such-program", "--", sys.executable, "-c", "pass", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(line.startswith("autotune: ") for line in done.stderr.splitlines()), done.stderr
+    assert "no-such-program" in done.stderr
+
+
+@linux
 def test_hooks_hear_of_the_end(tmp_path: Path) -> None:
     hook = tmp_path / "hook.py"
     hook.write_text("import os, pathlib; pathlib.Path('told').write_text(os.environ['AUTOTUNE_EVENT'])")
@@ -272,6 +294,18 @@ def test_bad_input_is_one_line_and_starts_nothing(
     assert done.returncode == code, done.stderr
     assert said in error_of(done)
     assert not (tmp_path / "ran").exists()
+
+
+@linux
+def test_a_folder_that_was_removed_is_named_as_such(tmp_path: Path) -> None:
+    words = shlex.join([*PROGRAM, "--", sys.executable, "-c", "pass"])
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", f"rmdir {shlex.quote(str(gone))}; {words}"], cwd=gone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 125
+    assert "change into one that is there" in error_of(done)
 
 
 def test_a_database_that_others_can_write_is_refused(tmp_path: Path, home: Path) -> None:

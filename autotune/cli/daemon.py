@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
 from autotune.cli.parameters import Text, Whole
-from autotune.cli.run_options import run_options
+from autotune.cli.run_options import run_options, this_folder
 
 TEXT = Text()
 _SHARE = click.option(
@@ -114,7 +113,7 @@ def submit(words: tuple[str, ...], **options: Any) -> None:
     """
     from autotune.cli import daemon_submit
 
-    job, notes = daemon_submit.submit(click.get_current_context(), words, options, cwd=Path.cwd())
+    job, notes = daemon_submit.submit(click.get_current_context(), words, options, cwd=this_folder())
     for note in notes:
         click.echo(f"Note: {note}", err=True)
     click.echo(f"{job.label[0].upper()}{job.label[1:]} is queued.")

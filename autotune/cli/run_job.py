@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autotune.cli.run_options import parse_limit
-from autotune.cli.run_text import command_line, tell
+from autotune.cli.run_options import parse_limit, this_folder
+from autotune.cli.run_text import PREFIX, command_line, tell
 from autotune.errors import AutotuneError, InvalidRequest, UsageError
 from autotune.hardware.readers import read_machine
 from autotune.hardware.select import check_memory_limit, select_device
@@ -72,10 +74,11 @@ _PLANNED = ("micro_batch_size", "gradient_accumulation_steps", "eval_micro_batch
 
 def main(words: tuple[str, ...], options: dict[str, Any]) -> int:
     """The exit code of the command. Raises `AutotuneError` with 125, 126 or 127 for what is not the command's."""
+    logging.basicConfig(format=f"{PREFIX}%(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
         if options["job"] is not None:
             return _job(options["job"])
-        return supervise(ask(words, options, cwd=Path.cwd(), environ=os.environ))
+        return supervise(ask(words, options, cwd=this_folder(), environ=os.environ))
     except UsageError:
         raise
     except AutotuneError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -75,6 +76,16 @@ def parse_limit(stated: str) -> int:
         return parse_bytes(stated)
     except InvalidSize as error:
         raise InvalidSize(f"--memory-limit: {error}") from error
+
+
+def this_folder() -> Path:
+    """Raises `InvalidRequest` where it was removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        from autotune.errors import InvalidRequest
+
+        raise InvalidRequest("the folder that this shell is in was removed: change into one that is there") from error
 
 
 def run_options(function: F) -> F:

@@ -46,6 +46,8 @@ def batch_words(settings: Settings) -> str:
 
 def incident_lines(incident: Incident) -> list[str]:
     lines = [incident.decision.why]
+    if incident.ended_by is EndedBy.USER:
+        return lines
     said = [one for one in incident.judgement.evidence if not one.startswith("in phase ")]  # the reason names it
     lines += [f"  evidence: {one}" for one in said[:2]]
     if incident.decision.action is Action.STOP:

@@ -116,7 +116,8 @@ class TraceStore:
         self._loaded[path] = trace
         data = gzip.compress(json.dumps(to_document(trace), separators=(",", ":")).encode(), compresslevel=1)
         with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # autotune's own folder, private
+            self.folder.mkdir(exist_ok=True)
             remove_old(self.folder, time.time())
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             try:

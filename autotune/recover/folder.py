@@ -26,7 +26,8 @@ def new_folder(given: Path | None) -> tuple[str, Path]:
     folder = given.absolute() if given else runs_folder() / run_id
     try:
         if given is None:
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            default_home().mkdir(mode=0o700, parents=True, exist_ok=True)  # a mode counts for the last folder alone
+            folder.parent.mkdir(mode=0o700, exist_ok=True)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if given and any(folder.iterdir()):
             raise InvalidRequest(
