@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from typing import Any
 
-
 _MODULES = {"trl.trainer.sft_trainer", "axolotl.loaders.adapter"}
 
 
