@@ -79,8 +79,9 @@ def test_a_rank_that_runs_out_of_memory_ends_the_others_within_seconds(made: Pat
     assert done.returncode == 0, done.stderr[-5000:]
     assert "Out of device memory in training step 10" in done.stderr
     first, *_ = json.loads((broken.folder / "run" / "run.json").read_text())["incidents"]
-    died = next(event for event in events(broken) if event["event"] == "died")
-    ended = datetime.fromisoformat(first["time_utc"]).timestamp()
-    assert ended - died["time"] < 60  # gloo's own limit is half an hour
+    deaths = [event for event in events(broken) if event["event"] == "died" and event["step"] == 9]
+    decided = datetime.fromisoformat(first["time_utc"]).timestamp()  # after predictions of some seconds
+    assert max(death["time"] for death in deaths) - deaths[0]["time"] < 10
+    assert decided - deaths[0]["time"] < 120  # gloo's own limit is half an hour
     assert {one["world_size"] for one in begins(broken)} == {2}
     assert last_state(broken)["global_step"] == STEPS
