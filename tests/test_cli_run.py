@@ -109,6 +109,24 @@ def test_a_wrong_command_line_is_not_tried_again(tmp_path: Path, words: list[str
 
 
 @linux
+@pytest.mark.parametrize("way", ["arguments", "placeholders"])
+def test_a_trainer_that_reports_nothing_steps_down_too(tmp_path: Path, way: str) -> None:
+    (tmp_path / "train.py").write_text(
+        "import sys\n"
+        "micro = int(sys.argv[2])\n"
+        "print(micro, flush=True)\n"
+        "if micro > 2: sys.exit('torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.')\n"
+    )
+    plan = a_plan(tmp_path / "fit.yaml", config=replace(PLAN, micro_batch_size=4, gradient_accumulation_steps=2))
+    options, words = {
+        "arguments": (["--no-hook"], ["--per_device_train_batch_size", "4", "--output_dir", "o"]),
+        "placeholders": (["--plan", plan], ["--batch", "{micro_batch_size}", "{gradient_accumulation_steps}"]),
+    }[way]
+    done = autotune("--memory-limit", "1GiB", *options, "--", sys.executable, "train.py", *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "4\n2\n"), done.stderr
+
+
+@linux
 def test_what_is_unclear_is_tried_once_more(tmp_path: Path) -> None:
     script = "open('tries', 'a').write('x'); raise SystemExit(3)"
     done = autotune("--", sys.executable, "-c", script, cwd=tmp_path)

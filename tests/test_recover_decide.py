@@ -33,7 +33,7 @@ KILL = {"exit_code": -9, "signal": 9}
 
 
 def end(phase: Phase = Phase.TRAIN, *, step: int | None = 40, **changes: Any) -> Ended:
-    progress = Progress(phase=phase, step=step, steps=step or 0, first_step=0)
+    progress = Progress(phase=phase, step=step, steps=step or 0, first_step=0, reporting=True)
     return Ended(**{"exit_code": 1, "progress": progress, **changes})
 
 
@@ -91,6 +91,15 @@ FIRST_DEATH: list[tuple[Verdict, tuple[Phase, ...], dict[str, Any], Action]] = [
     (Verdict.INTERRUPTED, ANYWHERE, {"exit_code": -15, "signal": 15, "ended_by": EndedBy.USER}, Action.STOP),
     (Verdict.FITS, (Phase.DONE, Phase.TRAIN), {"exit_code": 0}, Action.FINISH),
 ]
+
+
+def test_a_trainer_that_reports_nothing_may_have_trained() -> None:
+    silent = Ended(exit_code=1)
+    found = decided(silent, judged(Verdict.DEVICE_OOM))
+    assert (found.action, found.change) == (Action.STEP_DOWN, HALF)
+    assert found.why.startswith("Out of device memory at a step that was not reported: micro batch 2")
+    assert decided(silent, judged(Verdict.HOST_OOM)).action is Action.SPARE_HOST
+    assert decided(silent, judged(Verdict.DEVICE_OOM), options=NOTHING).action is Action.STOP
 
 
 def test_a_death_at_the_start_after_a_change_says_that_the_change_was_ours() -> None:

@@ -107,6 +107,11 @@ class _Case:
         return self.judgement.verdict is Verdict.AMBIGUOUS and not self.was_killed and "memory" in settle
 
     @property
+    def is_silent(self) -> bool:
+        """Whether the trainer reports nothing: it may have loaded or trained, and only its end is known."""
+        return self.ended.phase is Phase.START and not self.ended.progress.reporting
+
+    @property
     def has_trained(self) -> bool:
         """Whether this run has finished a step, in this attempt or before: it can be loaded, then."""
         return bool(self.ended.progress.steps) or any(one.step for one in self.history)
@@ -132,7 +137,7 @@ class _Case:
         phase = self.ended.phase
         if phase is Phase.EVALUATE:
             return self.smaller_evaluation("Out of device memory")
-        if phase in (Phase.START, Phase.LOAD):
+        if phase in (Phase.START, Phase.LOAD) and not self.is_silent:
             return self.loading()
         if phase is Phase.SAVE:
             return _stop(
@@ -170,6 +175,8 @@ class _Case:
     def cause(self) -> str:
         """What a death in training says of the config, besides that it was too large."""
         progress, death = self.ended.progress, self.ended.death
+        if self.is_silent:
+            return ""
         if not self.has_trained:
             return " before any step was finished, so the config was wrong from the start"
         batch, seen = death.batch if death else None, progress.longest_seen
@@ -197,7 +204,7 @@ class _Case:
 
     def host_oom(self) -> Decision:
         what = self.lead("Out of system RAM")
-        if self.ended.phase in (Phase.START, Phase.LOAD):
+        if self.ended.phase in (Phase.START, Phase.LOAD) and not self.is_silent:
             if self.has_trained:
                 why = f"{what}, which this run has got through before: once more."
                 return self.again(why, self.policy.ambiguous_retries)
@@ -273,7 +280,7 @@ class _Case:
         return _stop(f"It {self.what} {self.where}, and {why}. {self.judgement.action}{settle}")
 
     def lead(self, what: str) -> str:
-        return f"{what} {self.where}"
+        return f"{what} at a step that was not reported" if self.is_silent else f"{what} {self.where}"
 
 
 def how(found: StepDown) -> str:

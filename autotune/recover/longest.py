@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
-from autotune.recover.facts import Batch, Change, Ended, Incident, Phase, Progress, Settings
+from autotune.recover.facts import Action, Batch, Change, Ended, Incident, Phase, Progress, Settings
 from autotune.values import TrainingConfig, Verdict, from_json
 
 _ROUNDED_TO = 8  # tokens: what collators pad to
@@ -74,7 +74,9 @@ def died_earlier(
     """
     settings, found = original, []
     for incident in history:
-        of_training = incident.phase is Phase.TRAIN and incident.judgement.verdict in _OF_MEMORY
+        silent = incident.phase is Phase.START and incident.decision.action is Action.STEP_DOWN  # it reports nothing
+        trained = incident.phase is Phase.TRAIN or silent
+        of_training = trained and incident.judgement.verdict in _OF_MEMORY
         then = replace(
             progress,
             micro_batch_size=settings.micro_batch_size,
