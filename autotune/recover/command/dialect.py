@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,7 +33,7 @@ _READ: dict[str, Callable[[Raw, str], Any]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dialect:
+class Dialect(ABC):
     """One trainer's names. Subclasses say what is more than another name for the same value."""
 
     name: str
@@ -60,9 +61,9 @@ class Dialect:
         values |= {name: value for name, value in self.special(raw, values).items() if value is not None}
         return Settings(trainer=self.name, **values)
 
+    @abstractmethod
     def special(self, raw: Raw, values: Mapping[str, Any]) -> dict[str, Any]:
         """Fields whose meaning lies in more than one key; `values` are those read so far."""
-        raise NotImplementedError
 
     def can(self, field: str, value: Any, raw: Raw) -> bool:
         """Whether the trainer can be told to run with this value."""
@@ -72,8 +73,9 @@ class Dialect:
             return self.can_checkpoint(str(value), raw)
         return field in self.addable or self.key(field, raw) in raw
 
+    @abstractmethod
     def can_checkpoint(self, mode: str, raw: Raw) -> bool:
-        raise NotImplementedError
+        """Whether the trainer can be told this mode."""
 
     def edits(self, change: Mapping[str, Any], raw: Raw) -> dict[str, Any]:
         """The trainer's keys with their new values. Every field of `change` must be one that it `can`."""
@@ -85,9 +87,9 @@ class Dialect:
                 new[self.key(field, raw)] = value
         return new
 
+    @abstractmethod
     def checkpointing(self, mode: str, raw: Raw) -> dict[str, Any]:
         """The keys that switch checkpointing to `mode` (off, full, offload, every_N)."""
-        raise NotImplementedError
 
     def resuming(self, checkpoint: Path | None, raw: Raw) -> dict[str, Any]:
         """The keys that make it resume from `checkpoint`; None: from the start, whatever lies in its output folder."""

@@ -95,7 +95,7 @@ def open_session() -> Session | None:
     return current()
 
 
-def library_loaded(name: str) -> None:
+def module_loaded(name: str) -> None:
     """Called by the hook each time a module that it watches has been imported."""
     session = open_session()
     if session is not None and name == "transformers.trainer":

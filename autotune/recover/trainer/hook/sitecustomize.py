@@ -72,7 +72,7 @@ def loaded(name: str) -> None:
     load_autotune()
     import importlib
 
-    importlib.import_module("autotune.recover.trainer.session").library_loaded(name)
+    importlib.import_module("autotune.recover.trainer.session").module_loaded(name)
 
 
 def load_autotune() -> None:
