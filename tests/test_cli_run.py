@@ -331,3 +331,21 @@ def test_a_database_that_others_can_write_is_refused(tmp_path: Path, home: Path)
     done = autotune("--job", "1", cwd=tmp_path)
     assert done.returncode == 125
     assert "chmod go-w" in error_of(done)
+
+
+@linux
+def test_two_runs_do_not_write_to_one_output_folder(tmp_path: Path) -> None:
+    script = "import time, pathlib; pathlib.Path('up').touch(); time.sleep(60)"
+    words = [sys.executable, "-c", script, "--output_dir", "o", "--per_device_train_batch_size", "8"]
+    first = subprocess.Popen([*PROGRAM, "--", *words], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "up").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        second = autotune("--run-folder", tmp_path / "other", "--", *words, cwd=tmp_path)
+        assert second.returncode == 125
+        assert "writes its checkpoints to" in error_of(second)
+    finally:
+        first.terminate()
+        first.wait(60)

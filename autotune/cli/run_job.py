@@ -244,7 +244,8 @@ def supervise(asked: Asked) -> int:
     folder, state, resume = _place(asked)
     from autotune.cli.run_hands import Hands
 
-    with held(folder), Hands(asked, folder, state.run_id) as hands:
+    output = asked.cwd / state.output_dir if state.output_dir else None
+    with held(folder, output), Hands(asked, folder, state.run_id) as hands:
         if resume is None and state.attempts:
             resume = hands.newest(state)
         write_state(folder, state)

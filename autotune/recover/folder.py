@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -39,22 +42,35 @@ def new_folder(given: Path | None) -> tuple[str, Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; what a killed supervisor left running in it is ended first.
+def held(folder: Path, output: Path | None = None) -> Iterator[None]:
+    """Hold a run's folder and its output folder; what a killed supervisor left running in it is ended first.
 
-    Raises `InvalidRequest` where another supervisor has it.
+    Raises `InvalidRequest` where another supervisor has one of them: two trainers would mix their checkpoints.
     """
+    with contextlib.ExitStack() as stack:
+        _hold(
+            stack, folder / _LOCK, f"another autotune supervises the run of {folder}: leave it to it, or end it first"
+        )
+        if output is not None:
+            place = default_home() / "outputs"
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            name = hashlib.sha256(os.fsencode(os.path.realpath(output))).hexdigest()[:16]
+            said = (
+                f"another autotune run writes its checkpoints to {output}: end that one, or give another output folder"
+            )
+            _hold(stack, place / f"{name}.lock", said)
+        for left in sorted(folder.glob("attempt-*/process.json")):
+            end_leftovers(left)
+        yield
+
+
+def _hold(stack: contextlib.ExitStack, path: Path, said: str) -> None:
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(folder / _LOCK, timeout=0, mode=0o600):
-            for left in sorted(folder.glob("attempt-*/process.json")):
-                end_leftovers(left)
-            yield
+        stack.enter_context(FileLock(path, timeout=0, mode=0o600))
     except Timeout as error:
-        raise InvalidRequest(
-            f"another autotune supervises the run of {folder}: leave it to it, or end it first"
-        ) from error
+        raise InvalidRequest(said) from error
 
 
 def interrupted_run(argv: Sequence[str], cwd: str) -> tuple[Path, RunState] | None:
