@@ -215,7 +215,8 @@ class Hands:
     def newest(self, state: RunState) -> Checkpoint | None:
         if state.output_dir is None:
             return None
-        place, leftovers = Path(state.cwd, state.output_dir), self.leftovers or state.leftovers
+        place = Path(state.cwd, state.output_dir)
+        leftovers = state.leftovers if self.leftovers is None else self.leftovers
         with contextlib.suppress(FileNotFoundError):
             try:
                 for path in set_aside_incomplete(place, leftovers or {}):
