@@ -85,3 +85,6 @@ def test_a_rank_that_runs_out_of_memory_ends_the_others_within_seconds(made: Pat
     assert decided - deaths[0]["time"] < 120  # gloo's own limit is half an hour
     assert {one["world_size"] for one in begins(broken)} == {2}
     assert last_state(broken)["global_step"] == STEPS
+    logs = sorted((broken.folder / "run" / "attempt-1" / "ranks").rglob("stderr.log"))
+    assert [log.parent.name for log in logs] == ["0", "1"]
+    assert any("can't allocate memory" in log.read_text() for log in logs)

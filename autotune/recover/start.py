@@ -37,6 +37,9 @@ class CommandNotFound(AutotuneError):
     exit_code = 127
 
 
+RANK_LOGS = "ranks"  # folder of an attempt in which torchrun keeps each rank's output; its lines name their rank, too
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """A keeper that is on its way, and our ends of its pipes."""
@@ -88,7 +91,8 @@ def environment(environ: Mapping[str, str], place: Path, limits: AttemptLimits) 
     result = dict(environ)
     result.setdefault("PYTHONUNBUFFERED", "1")  # or a killed trainer's last words are lost in its buffer
     result |= fraction_environment(result, limits.memory_fraction)
-    result |= {name: value for name, value in _screen().items() if name not in result}
+    apart = {"PET_TEE": "3", "PET_LOG_DIR": str(place / RANK_LOGS)}  # torchrun's options, where they are not stated
+    result |= {name: value for name, value in {**_screen(), **apart}.items() if name not in result}
     return {**result, MARK: str(place.resolve())}
 
 
