@@ -349,3 +349,20 @@ def test_two_runs_do_not_write_to_one_output_folder(tmp_path: Path) -> None:
     finally:
         first.terminate()
         first.wait(60)
+
+
+@linux
+def test_a_fit_ends_with_the_run_that_asked_for_it(tmp_path: Path) -> None:
+    fit = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)"
+    words = [sys.executable, "-c", fit]
+    script = f"from autotune.cli.run_fit import _run; _run({words!r})"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as parent:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        parent.kill()
+    child = int((tmp_path / "pid").read_text())
+    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +14,7 @@ from typing import Any
 
 from autotune.errors import InvalidRequest, ProbeFailed
 from autotune.fitfile import read_fit
+from autotune.probe.bootstrap import die_with_parent
 from autotune.recover.facts import Settings
 
 
@@ -41,11 +45,17 @@ def fitted(settings: Settings, options: dict[str, Any]) -> Settings:
             *(("--trainer", "trl") if settings.trainer == "trl" else ()),
             *(("--lora-rank", str(settings.lora_rank)) if settings.lora_rank else ()),
         ]
-        done = subprocess.run(words, stdout=sys.stderr, check=False)
-        if done.returncode:
+        code = _run(words)
+        if code:
             raise ProbeFailed(
-                f"--fit: the fit ended with exit code {done.returncode} (see above); mend that, or run without --fit"
+                f"--fit: the fit ended with exit code {code} (see above); mend that, or run without --fit"
             )
         fit = read_fit(output)
     known = {field: getattr(fit.config, field, None) for field in Settings.__dataclass_fields__}
     return replace(Settings(**{**known, "trainer": None}), model=fit.model)
+
+
+def _run(words: list[str]) -> int:
+    """The exit code of a process that is stopped, with what it measured kept, when this one ends."""
+    ends_with_us = functools.partial(die_with_parent, os.getpid(), signal.SIGTERM)
+    return subprocess.run(words, stdout=sys.stderr, check=False, preexec_fn=ends_with_us).returncode

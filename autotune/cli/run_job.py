@@ -200,7 +200,12 @@ def _start(options: dict[str, Any], device: Device) -> Settings:
 
 def _fitted(command: TrainingCommand, options: dict[str, Any]) -> Settings:
     from autotune.cli.run_fit import fitted
+    from autotune.recover.job import State
+    from autotune.recover.jobs import open_jobs
 
+    if options["job"] is not None:
+        with open_jobs() as store:
+            store.update(options["job"], state=State.FITTING, message="fitting")
     return fitted(command.settings, options)
 
 
