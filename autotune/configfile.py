@@ -74,25 +74,28 @@ def read_keys(path: Path) -> dict[str, Any]:
 
     Raises `InvalidRequest`: no file, no YAML or JSON, a key that is there twice, no keys.
     """
-    text = _text(path)
+    text = text_of(path)
     return _of_json(text, path) if path.suffix.lower() == ".json" else _of_yaml(text, path)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path, *, most_bytes: int = MAX_BYTES, advice: str = "give a YAML or JSON file") -> str:
+    """A config file's text. Raises `InvalidRequest`, each time with what to do: no file, too large, no text."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):  # a pipe would be waited for, a device read without end
             what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-            raise InvalidRequest(f"{path} cannot be read (it is {what}): give a YAML or JSON file")
+            raise InvalidRequest(f"{path} cannot be read (it is {what}): {advice}")
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise InvalidRequest(f"{path} is larger than 64 KiB: give a config file, not a model or a dataset")
+            data = file.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise InvalidRequest(
+                f"{path} is larger than {most_bytes >> 10:,} KiB: give a config file, not a model or a dataset"
+            )
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read ({error.strerror}): give a YAML or JSON file") from error
+        raise InvalidRequest(f"{path} cannot be read ({error.strerror}): {advice}") from error
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} is no text: give a YAML or JSON file") from error
+        raise InvalidRequest(f"{path} is no text: {advice}") from error
 
 
 def _of_json(text: str, path: Path) -> dict[str, Any]:

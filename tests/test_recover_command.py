@@ -760,7 +760,7 @@ def test_with_no_other_way_the_interpreters_option_is_named(read: Read) -> None:
         (["python", "t.py", "--gradient_checkpointing=maybe"], "not true or false"),
         (["python", "t.py", "--gradient_checkpointing", "--gradient_checkpointing_kwargs", "x"], "no JSON object"),
         (["trl", "sft", "--config", "none.yaml"], r"none.yaml cannot be read \(No such file"),
-        (["axolotl", "train", "."], "is no regular file"),
+        (["axolotl", "train", "."], "it is a folder"),
         (["trl", "sft", "--config", "broken.yaml"], r"broken.yaml is no YAML \(line 3\)"),
         (["trl", "sft", "--config", "list.yaml"], "list.yaml holds no keys"),
         (["trl", "sft", "--config", "twice.yaml"], "twice.yaml: seed is there twice"),

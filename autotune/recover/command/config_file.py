@@ -6,12 +6,12 @@ import io
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotune.configfile import text_of
 from autotune.errors import InvalidRequest
 from autotune.recover.command.stated import Stated
 
@@ -44,7 +44,7 @@ def read_file(word: str, cwd: Path) -> ConfigFile:
     """
     prefix = "" if "=" not in word or (cwd / word).exists() else word[: word.index("=") + 1]
     path = cwd / word.removeprefix(prefix)
-    text = _text(path)
+    text = text_of(path, most_bytes=_MAX_BYTES, advice="name a YAML or JSON file in the command")
     keys = _of_json(text, path) if path.suffix.lower() == ".json" else _of_yaml(text, path)
     return ConfigFile(word=word, prefix=prefix, path=path, keys=keys, text=text)
 
@@ -73,21 +73,6 @@ def _line(file: ConfigFile, key: str, value: Any) -> str:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _text(path: Path) -> str:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise InvalidRequest(f"{path} is no regular file: name a YAML or JSON file in the command")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise InvalidRequest(f"{path} is larger than 1 MiB: name a config file in the command, not a dataset")
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read ({error.strerror}): correct its name in the command") from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} is no text: name a YAML or JSON file in the command") from error
 
 
 def _of_json(text: str, path: Path) -> dict[str, Any]:
