@@ -374,13 +374,17 @@ def test_the_same_signal_twice_at_once_is_one_request() -> None:
 
 
 def test_handlers_are_put_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    stop = stop_module.StopRequests()
-    with stop.handled():
-        os.kill(os.getpid(), signal.SIGHUP)
-        wait_until(lambda: stop.requested)
-    assert stop.number == signal.SIGTERM
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    found = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+    try:
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+        stop = stop_module.StopRequests()
+        with stop.handled():
+            os.kill(os.getpid(), signal.SIGHUP)
+            wait_until(lambda: stop.requested)
+        assert stop.number == signal.SIGTERM
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    finally:
+        signal.signal(signal.SIGHUP, found)
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
