@@ -347,6 +347,7 @@ def test_whatever_happens_restarts_end_and_no_death_is_met_twice_with_the_same_a
         here = (tuple(config.items()), verdict, phase, step)
         assert here not in seen or found.change or found.action is Action.STOP
         seen.append(here)
+        assert seen.count(here) <= 2  # once more at most
         if found.action is Action.STOP:
             break
         config = {**config, **found.change}

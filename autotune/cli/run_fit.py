@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune.errors import InvalidRequest, ProbeFailed
-from autotune.fitfile import read_fit
+from autotune.fitfile import FitFile, read_fit
 from autotune.probe.bootstrap import die_with_parent
 from autotune.recover.facts import Settings
 
@@ -50,7 +50,11 @@ def fitted(settings: Settings, options: dict[str, Any]) -> Settings:
             raise ProbeFailed(
                 f"--fit: the fit ended with exit code {code} (see above); mend that, or run without --fit"
             )
-        fit = read_fit(output)
+        return settings_of(read_fit(output))
+
+
+def settings_of(fit: FitFile) -> Settings:
+    """What a fit says of a run; whose step it was fitted with says nothing of the command."""
     known = {field: getattr(fit.config, field, None) for field in Settings.__dataclass_fields__}
     return replace(Settings(**{**known, "trainer": None}), model=fit.model)
 

@@ -185,6 +185,7 @@ def _limit(stated: str | None, device: Device) -> int | None:
 
 def _start(options: dict[str, Any], device: Device) -> Settings:
     """A fit file's config. Raises `InvalidRequest` where it was fitted on another kind of card."""
+    from autotune.cli.run_fit import settings_of
     from autotune.fitfile import read_fit
 
     fit = read_fit(options["plan"])
@@ -194,8 +195,7 @@ def _start(options: dict[str, Any], device: Device) -> Settings:
             f"{options['plan']} is a fit for {name}, and this run is on {device.name}: fit here, or name the card"
             " with --gpu"
         )
-    known = {field: getattr(fit.config, field, None) for field in Settings.__dataclass_fields__}
-    return replace(Settings(**{**known, "trainer": None}), model=fit.model)
+    return settings_of(fit)
 
 
 def _fitted(command: TrainingCommand, options: dict[str, Any]) -> Settings:
